@@ -1,0 +1,1 @@
+"""The command line: one file per subcommand. Nothing outside this folder prints."""

@@ -1,0 +1,59 @@
+"""Label maps as pictures: one that programs read, one that people look at."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from memseg.data.dataset import ClassList
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def colour_map(classes: ClassList) -> Pixels:
+    """The colour of each label, uint8 (256, 3); black for 255 and for every other label that is no class.
+
+    >>> colour_map(ClassList(("road", "sky"), ((128, 64, 128), (70, 130, 180))))[[0, 1, 255]].tolist()
+    [[128, 64, 128], [70, 130, 180], [0, 0, 0]]
+    """
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    colours[: len(classes.colours)] = classes.colours
+    return colours
+
+
+def label_png(labels: Pixels, classes: ClassList) -> Image.Image:
+    """A label map as a palette picture: its values are the labels, its palette shows them in their classes' colours.
+
+    Args:
+        labels: uint8 (H, W), class indices; 255 is shown black.
+        classes: Whose colours the palette gets.
+    """
+    picture = Image.fromarray(labels).convert("P")
+    picture.putpalette(colour_map(classes).tobytes())
+    return picture
+
+
+def overlay_png(image: Pixels, labels: Pixels, classes: ClassList, *, opacity: float = 0.5) -> Image.Image:
+    """A picture with the colours of its labels laid over it.
+
+    Args:
+        image: uint8 (H, W, 3), RGB.
+        labels: uint8 (H, W); where 255, the picture stays as it is.
+        classes: Whose colours are laid over.
+        opacity: Share of the colour in the mix, 0 to 1.
+    """
+    share = np.where(labels == 255, 0.0, opacity).astype(np.float32)[..., None]
+    mixed = image * (1 - share) + colour_map(classes)[labels] * share
+    return Image.fromarray(np.rint(mixed).astype(np.uint8))
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a PNG that is whole or not there: to a temporary file beside it, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        picture.save(temporary, format="PNG")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,84 @@
+"""Models by name."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from memseg.errors import UnknownNameError
+from memseg.levels import NormMode
+from memseg.models.densenet import DenseNetConfig
+from memseg.models.ladder import ladder_densenet
+from memseg.models.segmented import SegmentedModel
+
+
+@dataclass(frozen=True)
+class _Entry:
+    description: str
+    config: DenseNetConfig
+    width: int = 128
+    context_width: int = 512
+
+
+# Growth rates, blocks and stems: torchvision.models.densenet, after Huang et al., arXiv:1608.06993, table 1.
+_ZOO = {
+    "ladder-densenet121": _Entry("Kreso et al.'s ladder on DenseNet-121", DenseNetConfig(32, (6, 12, 24, 16), 64)),
+    "ladder-densenet161": _Entry("the same ladder on DenseNet-161", DenseNetConfig(48, (6, 12, 36, 24), 96)),
+    "ladder-densenet169": _Entry("Kreso et al.'s ladder on DenseNet-169", DenseNetConfig(32, (6, 12, 32, 32), 64)),
+    "ladder-densenet201": _Entry("the same ladder on DenseNet-201", DenseNetConfig(32, (6, 12, 48, 32), 64)),
+    "ladder-densenet-mini": _Entry(
+        "the same ladder, small enough to learn on a laptop's CPU",
+        DenseNetConfig(16, (3, 4, 6, 4), 32),
+        width=64,
+        context_width=128,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a list of models shows of one."""
+
+    name: str
+    description: str
+    parameters: int
+    """Numbers to learn, at 19 classes."""
+    output_stride: int
+    segments: int
+
+
+def model_names() -> tuple[str, ...]:
+    """Names that `build_model` takes."""
+    return tuple(_ZOO)
+
+
+def build_model(name: str, *, num_classes: int = 19, norm: NormMode = NormMode.BATCH) -> SegmentedModel:
+    """A new model with random weights, on torch's default device.
+
+    Raises:
+        UnknownNameError: there is no model of that name.
+    """
+    if name not in _ZOO:
+        raise UnknownNameError("model", name, _ZOO)
+    entry = _ZOO[name]
+    return ladder_densenet(
+        name,
+        entry.config,
+        num_classes=num_classes,
+        width=entry.width,
+        context_width=entry.context_width,
+        norm=norm,
+    )
+
+
+@cache
+def describe(name: str) -> ModelCard:
+    """The card of a model, without allocating it.
+
+    >>> describe("ladder-densenet121").parameters
+    9588902
+    """
+    with torch.device("meta"):
+        model = build_model(name)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ModelCard(name, _ZOO[name].description, parameters, model.output_stride, len(model.segments))

@@ -1,0 +1,251 @@
+"""The peak of one stage (consecutive segments on one card): a maximum over moments, each a sum of terms.
+
+The peak of a step is not the sum of its segments' peaks: what one segment saves is alive while another one works, and
+a tensor between two segments dies when its last user is done, which depends on the recompute level of each of them.
+Written as code that walks through the step, the peak of a choice of levels is easy to compute and impossible to
+optimise. So the walk is written down once, as data, for all choices together: each moment is a list of terms, and a
+term counts its bytes if any of certain (segment, level) pairs is chosen. `Stage.peak_of` adds the terms of one choice;
+`solver` makes the same terms the rows of a mixed-integer program. They cannot disagree.
+
+What is alive, for a stage of segments i..j:
+
+    all step        parameters, buffers, optimizer state; images and target where the stage reads them; a receive buffer
+                    for each tensor that comes from an earlier stage, and one for the gradient of each tensor that
+                    leaves for a later one. A tensor that skips the stage comes and leaves: it has both.
+    forward of s    what i..s-1 saved; tensors made here, until their last reader's forward is over, or for as long as
+                    a segment that saves them waits for its backward, or, if they leave, until the end of all backward
+    backward of s   what i..s saved; tensors that s or an earlier segment saves, or that leave; gradients of the
+                    parameters of s+1..j; gradients of tensors, from the first backward of a reader to the end of the
+                    maker's backward, and of tensors that came from an earlier stage until all backward is over
+    optimizer step  all parameter gradients
+
+A tensor that skips the stage unread needs a third buffer throughout backward: autograd copies the gradient that it is
+handed for a leaf. Left out: the gradient of the loss, a scalar, and what the optimizer's arithmetic takes for itself.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+from memseg.levels import Recompute
+from memseg.planning.costs import IMAGES, TARGET, ModelCosts, SegmentCost, Work
+
+Pick = tuple[int, int]
+"""A segment's position in the model, and a position in its `levels`."""
+
+
+class Category(StrEnum):
+    """What bytes are for."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    OPTIMIZER_STATE = "optimizer_state"
+    INPUT = "input"
+    """Images and target."""
+    TRANSFER = "transfer"
+    """Buffers in which tensors and gradients of other stages arrive."""
+    ACTIVATION = "activation"
+    """Tensors between segments, and what segments save."""
+    GRADIENT = "gradient"
+    """Of parameters and of tensors between segments, once they are made."""
+    TEMPORARY = "temporary"
+    """What the segment at work takes meanwhile, its new output and gradients included."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """Bytes that are alive at a moment, always or for certain choices."""
+
+    size: int
+    category: Category
+    picks: frozenset[Pick] | None = None
+    """Counts if any of these is chosen; None counts always."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of the step at which the peak may lie."""
+
+    phase: str
+    """ "forward", "backward" or "optimizer"."""
+    segment: str | None
+    """The segment at work; None in the optimizer step."""
+    terms: tuple[Term, ...]
+
+    def __str__(self) -> str:
+        return f"{self.phase} of {self.segment}" if self.segment else f"{self.phase} step"
+
+    def least_bytes(self) -> int:
+        """A lower bound over all choices of levels: for each segment the level that is best at this moment alone.
+
+        Terms that hang on several segments are left out.
+        """
+        always = 0
+        by_segment: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+        for term in self.terms:
+            if term.picks is None:
+                always += term.size
+            elif len({position for position, _ in term.picks}) == 1:
+                for position, level in term.picks:
+                    by_segment[position][level] += term.size
+        return always + sum(min(sizes.values()) for sizes in by_segment.values())
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most bytes alive at once during a step, and when."""
+
+    size: int
+    moment: Moment
+    by_category: dict[str, int]
+    """Bytes of each category at that moment; they add up to `size`."""
+
+
+class Stage:
+    """Consecutive segments `first`..`last` (positions in the model, both included) on one card."""
+
+    def __init__(self, costs: ModelCosts, first: int, last: int) -> None:
+        self.costs, self.first, self.last = costs, first, last
+        self._position = {segment.name: position for position, segment in enumerate(costs.segments)}
+        self._readers: dict[str, list[int]] = defaultdict(list)
+        for position, segment in enumerate(costs.segments):
+            for name in segment.reads:
+                self._readers[name].append(position)
+
+    @property
+    def positions(self) -> range:
+        """Of the stage's segments in the model."""
+        return range(self.first, self.last + 1)
+
+    @property
+    def segments(self) -> tuple[SegmentCost, ...]:
+        """The stage's segments, in order."""
+        return self.costs.segments[self.first : self.last + 1]
+
+    def peak_of(self, levels: Sequence[int]) -> Peak:
+        """The exact peak of one choice.
+
+        Args:
+            levels: For each segment of the stage, a position in its `levels`.
+        """
+        chosen = set(zip(self.positions, levels, strict=True))
+        size, moment = -1, self.moments[0]
+        for candidate in self.moments:
+            total = sum(term.size for term in candidate.terms if term.picks is None or term.picks & chosen)
+            if total > size:
+                size, moment = total, candidate
+        by_category: dict[str, int] = defaultdict(int)
+        for term in moment.terms:
+            if term.size and (term.picks is None or term.picks & chosen):
+                by_category[term.category.value] += term.size
+        return Peak(size, moment, dict(by_category))
+
+    def recompute_of(self, levels: Sequence[int]) -> tuple[Recompute, ...]:
+        """The recompute level that each segment gets by `levels`."""
+        return tuple(segment.levels[level].recompute for segment, level in zip(self.segments, levels, strict=True))
+
+    def work_of(self, levels: Sequence[int]) -> Work:
+        """Forward and backward of all the stage's segments."""
+        return sum(
+            (segment.levels[level].work for segment, level in zip(self.segments, levels, strict=True)), Work(0, 0)
+        )
+
+    @cached_property
+    def entering(self) -> tuple[SegmentCost, ...]:
+        """Makers of the tensors that come from an earlier stage, read here or later."""
+        return tuple(s for s in self.costs.segments[: self.first] if any(r >= self.first for r in self._readers[s.name]))
+
+    @cached_property
+    def leaving(self) -> tuple[SegmentCost, ...]:
+        """Makers of the tensors that go to a later stage; some may only pass through."""
+        made_so_far = self.costs.segments[: self.last + 1]
+        return tuple(s for s in made_so_far if any(r > self.last for r in self._readers[s.name]))
+
+    @cached_property
+    def moments(self) -> tuple[Moment, ...]:
+        """Every moment at which the peak may lie, in the order of the step."""
+        always = self._always()
+        forward = [self._forward(position, always) for position in self.positions]
+        backward = [self._backward(position, always) for position in reversed(self.positions)]
+        gradients = [Term(segment.gradient_bytes, Category.GRADIENT) for segment in self.segments]
+        return (*forward, *backward, Moment("optimizer", None, (*always, *gradients)))
+
+    def _always(self) -> list[Term]:
+        terms = []
+        for segment in self.segments:
+            terms.append(Term(segment.parameter_bytes, Category.PARAMETER))
+            terms.append(Term(segment.buffer_bytes, Category.BUFFER))
+            terms.append(Term(segment.optimizer_bytes, Category.OPTIMIZER_STATE))
+        for name, size in ((IMAGES, self.costs.image_bytes), (TARGET, self.costs.target_bytes)):
+            if self._local_readers(name):
+                terms.append(Term(size, Category.INPUT))
+        terms += [Term(maker.output_bytes, Category.TRANSFER) for maker in self.entering]
+        terms += [Term(maker.output_bytes, Category.TRANSFER) for maker in self.leaving if maker.output_needs_grad]
+        return terms
+
+    def _forward(self, position: int, always: list[Term]) -> Moment:
+        segment = self.costs.segments[position]
+        terms = [*always, *self._saved(range(self.first, position))]
+        for maker in range(self.first, position):
+            still_to_read = max(self._local_readers(self.costs.segments[maker].name), default=-1) >= position
+            terms += self._tensor(maker, held=still_to_read, before=self.last + 1)
+        terms += [
+            Term(level.forward_peak_bytes, Category.TEMPORARY, frozenset({(position, number)}))
+            for number, level in enumerate(segment.levels)
+        ]
+        return Moment("forward", segment.name, tuple(terms))
+
+    def _backward(self, position: int, always: list[Term]) -> Moment:
+        segment = self.costs.segments[position]
+        terms = [*always, *self._saved(range(self.first, position + 1))]
+        for maker in range(self.first, position + 1):
+            terms += self._tensor(maker, held=False, before=position + 1)
+        terms += [
+            Term(done.gradient_bytes, Category.GRADIENT)
+            for done in self.costs.segments[position + 1 : self.last + 1]
+        ]  # fmt: skip
+        terms += [
+            Term(maker.output_bytes, Category.GRADIENT)
+            for maker in (*self.entering, *self.costs.segments[self.first : position + 1])
+            if maker.output_needs_grad and self._gradient_made(maker, position)
+        ]
+        terms += [
+            Term(level.backward_peak_bytes, Category.TEMPORARY, frozenset({(position, number)}))
+            for number, level in enumerate(segment.levels)
+        ]
+        return Moment("backward", segment.name, tuple(terms))
+
+    def _gradient_made(self, maker: SegmentCost, position: int) -> bool:
+        """Has the gradient of `maker`'s output been made here when the backward of `position` begins?"""
+        readers = self._local_readers(maker.name)
+        if not readers:
+            return maker in self.entering
+        return max(readers) > position
+
+    def _saved(self, positions: Iterable[int]) -> list[Term]:
+        return [
+            Term(level.saved_bytes, Category.ACTIVATION, frozenset({(position, number)}))
+            for position in positions
+            for number, level in enumerate(self.costs.segments[position].levels)
+        ]
+
+    def _tensor(self, position: int, *, held: bool, before: int) -> list[Term]:
+        """The output of a segment of this stage, if it is alive: `held` anyway, or saved by a segment below `before`.
+
+        A tensor that leaves, or that nobody reads (the result of the step), is held until all backward is over.
+        """
+        maker = self.costs.segments[position]
+        if held or maker in self.leaving or not self._readers[maker.name]:
+            return [Term(maker.output_bytes, Category.ACTIVATION)]
+        picks = {(position, number) for number, level in enumerate(maker.levels) if level.saves_output}
+        for reader in self._local_readers(maker.name):
+            segment = self.costs.segments[reader]
+            place = segment.reads.index(maker.name)
+            if reader < before:
+                picks |= {(reader, number) for number, level in enumerate(segment.levels) if level.saves_inputs[place]}
+        return [Term(maker.output_bytes, Category.ACTIVATION, frozenset(picks))] if picks else []
+
+    def _local_readers(self, name: str) -> list[int]:
+        return [reader for reader in self._readers[name] if reader in self.positions]

@@ -1,0 +1,350 @@
+"""One complete run as a TOML file.
+
+A run has many settings, and one that is misspelt or silently ignored costs a day of training. So a recipe is read by a
+strict model: unknown keys are refused, nothing is converted in silence, and every problem of a file is told at once.
+The same values travel on: the run folder keeps them as JSON, and `parse_recipe` reads that back.
+"""
+
+import json
+import tomllib
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from memseg.data.dataset import SegmentationDataset
+from memseg.data.loading import dataset_names, open_dataset
+from memseg.data.transforms import Fit
+from memseg.errors import InputError, RecipeError, UnknownNameError
+from memseg.levels import NormMode
+from memseg.models import model_names
+from memseg.training.problems import describe_problems
+from memseg.training.shipped import shipped_recipe
+from memseg.units import parse_image
+
+
+def _read_image_size(value: object) -> tuple[int, int]:
+    """(height, width) from its text; pydantic wants a ValueError where ours would raise InputError."""
+    try:
+        return parse_image(value if isinstance(value, str) else repr(value))
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+ImageSize = Annotated[
+    tuple[int, int],
+    BeforeValidator(_read_image_size),
+    PlainSerializer(lambda size: f"{size[0]}x{size[1]}", return_type=str),
+]
+"""(height, width) in pixels, written HEIGHTxWIDTH."""
+
+Text = Annotated[str, Field(min_length=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class StrictModel(BaseModel):
+    """A table of a recipe: unknown keys, wrong types and non-finite numbers are refused, and no value changes later."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class StrategyChoice(StrEnum):
+    """How the network is laid over the cards."""
+
+    AUTO = "auto"
+    """Whichever strategy is predicted to be fastest among those that fit."""
+    SINGLE = "single"
+    """The whole network on one card."""
+    SPLIT = "split"
+    """Consecutive segments of the network on consecutive cards."""
+
+
+class StreetsConfig(StrictModel):
+    """Options of the generated data set `streets`."""
+
+    length: int = Field(200, gt=0)
+    """Scenes in the training split."""
+    val_length: int = Field(40, gt=0)
+    """Scenes in every other split."""
+    seed: int = Field(0, ge=0)
+    """Other seeds give other scenes."""
+
+
+class DataConfig(StrictModel):
+    """Which pictures are trained on, and how each becomes an input of one fixed size."""
+
+    dataset: Text
+    """Name of a data set: `cityscapes`, `camvid`, `folder` or `streets`."""
+    root: Path | None = Field(None, validate_default=True)
+    """Folder of the data set, relative to the current folder. `streets` is generated and has none."""
+    image: ImageSize
+    """Size that the network trains on, as "HEIGHTxWIDTH"; both sides a multiple of the network's output stride."""
+    fit: Fit = Fit.PAD
+    """What happens to a picture of another size: `pad` to the right and bottom, random `crop`, or `resize`."""
+    region: tuple[int, int, int, int] | None = None
+    """Rows and columns [top, bottom, left, right] cut from each picture before it is fitted."""
+    flip: bool = True
+    """Mirror every other picture, at random, in training."""
+    streets: StreetsConfig | None = None
+    """Options of the data set `streets`, in a table [data.streets]."""
+
+    @field_validator("dataset")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in dataset_names():
+            raise ValueError(str(UnknownNameError("data set", name, dataset_names())))
+        return name
+
+    @field_validator("root")
+    @classmethod
+    def _is_where_needed(cls, root: Path | None, info: ValidationInfo) -> Path | None:
+        dataset = info.data.get("dataset")
+        if dataset == "streets" and root is not None:
+            raise ValueError("the data set streets is generated and has no folder; leave root out")
+        if dataset not in (None, "streets") and root is None:
+            raise ValueError(f"the data set {dataset} needs the folder that holds it; give data.root")
+        return root
+
+    @field_validator("region")
+    @classmethod
+    def _encloses_pixels(cls, region: tuple[int, int, int, int] | None) -> tuple[int, int, int, int] | None:
+        if region is not None:
+            top, bottom, left, right = region
+            if not (0 <= top < bottom and 0 <= left < right):
+                raise ValueError(
+                    "must be [top, bottom, left, right] in pixels with top < bottom and left < right, "
+                    f"got {list(region)}; try [30, 900, 0, 2048]"
+                )
+        return region
+
+    @field_validator("streets")
+    @classmethod
+    def _has_its_data_set(cls, streets: StreetsConfig | None, info: ValidationInfo) -> StreetsConfig | None:
+        dataset = info.data.get("dataset", "streets")
+        if streets is not None and dataset != "streets":
+            raise ValueError(f"these are options of the data set streets, but dataset is {dataset}; leave them out")
+        return streets
+
+    def open(self, split: str) -> SegmentationDataset:
+        """One split of the data set, checked.
+
+        Raises:
+            DataError: the folder is not what the layout of this data set promises.
+        """
+        if self.dataset != "streets":
+            return open_dataset(self.dataset, split, root=self.root)
+        streets = self.streets or StreetsConfig()
+        length = streets.length if split == "train" else streets.val_length
+        return open_dataset(self.dataset, split, size=self.image, length=length, seed=streets.seed)
+
+
+class ModelConfig(StrictModel):
+    """Which network is trained. Its number of classes comes from the data set."""
+
+    name: Text
+    """Name of a network; `memseg models` lists them."""
+    norm: NormMode = NormMode.BATCH
+    """What batch norm normalises with: the statistics of the `batch`, or `frozen` ones."""
+    encoder_weights: Path | None = None
+    """File with the state dict of torchvision's DenseNet of the same depth; without it the encoder starts at random."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in model_names():
+            raise ValueError(str(UnknownNameError("model", name, model_names())))
+        return name
+
+
+class OptimizerConfig(StrictModel):
+    """Adam, as the paper sets it."""
+
+    lr: float = Field(5e-4, gt=0)
+    """Learning rate of the first step."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Added to the gradient as this factor times the weight, as in Adam with L2 regularisation."""
+    pretrained_lr_factor: float = Field(0.2, gt=0)
+    """The encoder learns at `lr` times this when `model.encoder_weights` is given; otherwise it is not used."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Adam's decay of the mean and of the mean square of gradients, per step."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's addition to the denominator."""
+
+
+class ScheduleConfig(StrictModel):
+    """How long the run is, and how the learning rate falls along it."""
+
+    epochs: int | None = Field(None, gt=0)
+    """Passes over the training split. Give this or `steps`."""
+    steps: int | None = Field(None, gt=0, validate_default=True)
+    """Optimizer steps. Give this or `epochs`."""
+    poly_power: float = Field(1.5, ge=0)
+    """The learning rate falls as (1 - step / steps) to this power."""
+
+    @field_validator("steps")
+    @classmethod
+    def _is_the_only_length(cls, steps: int | None, info: ValidationInfo) -> int | None:
+        if "epochs" in info.data and (steps is None) == (info.data["epochs"] is None):
+            found = "neither" if steps is None else f"epochs {info.data['epochs']} and steps {steps}"
+            raise ValueError(f"exactly one of schedule.epochs and schedule.steps must be given, got {found}")
+        return steps
+
+
+class LossConfig(StrictModel):
+    """Cross-entropy of the main logits and of the auxiliary logits."""
+
+    aux_weight: float = Field(0.3, ge=0, le=1)
+    """Share of the auxiliary loss; the main loss gets the rest."""
+
+
+class TrainConfig(StrictModel):
+    """The loop: what a step takes, and what is written when."""
+
+    batch: int = Field(2, gt=0)
+    """Images per optimizer step, over all cards."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Decides initial weights, the order of images, flips and crops."""
+    workers: int = Field(2, ge=0)
+    """Processes that decode images, per card; 0 decodes in the training process."""
+    precision: Literal["float32", "float64"] = "float32"
+    """Type of weights, gradients and activations."""
+    log_every: int = Field(1, gt=0)
+    """Steps between two lines of metrics."""
+    checkpoint_every: int = Field(500, gt=0)
+    """Steps between two checkpoints; the end of the run always writes one."""
+    keep_checkpoints: int = Field(2, gt=0)
+    """How many of the newest checkpoints stay."""
+    evaluate_every: int = Field(1, ge=0)
+    """Epochs between two evaluations on the validation split; 0 for never."""
+
+
+class RunConfig(StrictModel):
+    """Where the run happens; the command line may say otherwise."""
+
+    cards: Text | None = None
+    """Cards as on the command line, such as "cpu:8GiB,cpu:12GiB"; left out, the command line must name them."""
+    strategy: StrategyChoice = StrategyChoice.AUTO
+    """How the network is laid over the cards."""
+
+
+class Recipe(StrictModel):
+    """One complete run."""
+
+    name: Text
+    """Short name; for a shipped recipe that of its file."""
+    description: str = ""
+    """One line for `memseg recipes`."""
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    run: RunConfig = RunConfig()
+
+    def to_json(self) -> str:
+        """The recipe as JSON text, every default written out; `parse_recipe(json.loads(text), ...)` reads it back."""
+        return self.model_dump_json(indent=2) + "\n"
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a TOML file, or a shipped one by its name.
+
+    Args:
+        source: A path that ends in .toml, or a name that `memseg recipes` lists.
+        overrides: Each as "train.batch=4", the value written as in TOML; text needs no quotes. An override of
+            `schedule.steps` takes the place of `schedule.epochs`, and the other way round.
+
+    Raises:
+        RecipeError: all problems of the file and of the overrides together.
+        UnknownNameError: `source` is no path, and no recipe of that name was shipped.
+    """
+    path = Path(source) if Path(source).suffix == ".toml" else shipped_recipe(str(source))
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(str(path), [f"must be TOML: {error}"]) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(str(path), [f"must be UTF-8 text: {error}"]) from None
+    except OSError as error:
+        raise RecipeError(str(path), [f"cannot be read: {error.strerror}; `memseg recipes` lists shipped ones"]) from None
+    return parse_recipe(values, str(path), overrides)
+
+
+def override_recipe(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with some values replaced, written as for `load_recipe`; the original stays.
+
+    Raises:
+        RecipeError: all problems of the overrides together.
+    """
+    return parse_recipe(recipe.model_dump(mode="json"), f"recipe {recipe.name}", overrides)
+
+
+def parse_recipe(values: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from the plain values of its TOML or JSON form.
+
+    Args:
+        values: Tables and values, as tomllib or json give them; left as they are.
+        where: What a problem is reported against, such as the path of the file.
+        overrides: As for `load_recipe`.
+
+    Raises:
+        RecipeError: all problems together.
+    """
+    # By way of JSON: there strict pydantic takes a list for a tuple and text for an enum, as TOML cannot say more.
+    values = json.loads(json.dumps(values, default=str))
+    problems = [problem for override in overrides if (problem := _apply_override(values, override))]
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise RecipeError(where, problems + describe_problems(error, Recipe)) from None
+    if problems:
+        raise RecipeError(where, problems)
+    return recipe
+
+
+_RIVALS = {"schedule.epochs": "steps", "schedule.steps": "epochs"}
+"""The length of a run is given one way or the other: overriding one of these removes its neighbour."""
+
+
+def _apply_override(values: dict[str, Any], override: str) -> str | None:
+    """Put one override into the tables; a line when that cannot be done."""
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        return f"{override}: an override must be written key=value; try train.batch=4"
+    table = values
+    for depth, part in enumerate(path[:-1]):
+        if table.get(part) is None:
+            table[part] = {}
+        if not isinstance(table[part], dict):
+            return f"{override}: {'.'.join(path[: depth + 1])} is a value and holds no keys"
+        table = table[part]
+    table[path[-1]] = _override_value(text.strip())
+    table.pop(_RIVALS.get(key.strip(), ""), None)
+    return None
+
+
+def _override_value(text: str) -> Any:
+    """A TOML value, or the text itself where it is none, so that no quotes are needed on a command line.
+
+    >>> _override_value("4"), _override_value("[30, 900]"), _override_value("true"), _override_value("cpu:8GiB")
+    (4, [30, 900], True, 'cpu:8GiB')
+    """
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    value = parsed["value"]
+    return value if len(parsed) == 1 and isinstance(value, (str, bool, int, float, list)) else text

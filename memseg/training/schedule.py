@@ -1,0 +1,27 @@
+"""The learning rate along a run.
+
+The paper lowers it polynomially from the first step to the last. As a plain function of the step, and not an object that
+counts steps of its own, it needs no place in a checkpoint: a resumed run cannot disagree with it.
+"""
+
+
+def poly_lr(base_lr: float, step: int, total_steps: int, power: float = 1.5) -> float:
+    """The learning rate of one step: base_lr * (1 - step / total_steps) ** power.
+
+    Args:
+        base_lr: The rate of step 0.
+        step: Steps already done, from 0 to `total_steps`.
+        total_steps: Steps of the whole run.
+        power: 1.5 in the paper; 1 falls in a straight line, 0 stays constant.
+
+    Raises:
+        ValueError: `step` lies outside the run.
+
+    >>> [round(poly_lr(5e-4, step, 4), 6) for step in range(5)]
+    [0.0005, 0.000325, 0.000177, 6.2e-05, 0.0]
+
+    Source: Kreso et al., ICCV workshops 2017, section 4.
+    """
+    if not 0 <= step <= total_steps or total_steps < 1:
+        raise ValueError(f"step must be between 0 and total_steps, got {step} of {total_steps}")
+    return float(base_lr * (1 - step / total_steps) ** power)
