@@ -19,7 +19,7 @@ def add_command(
     """A subcommand's parser: `summary` heads its help, examples end it, and `run` is called with its arguments."""
     parser = subparsers.add_parser(
         name,
-        help=summary,
+        help=summary.rstrip("."),
         description=summary,
         epilog="\n".join(["examples:", *(f"  {example}" for example in examples)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -27,9 +27,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("trained", metavar="RUN", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("--split", default="val", help="split of the data set (default: val)")
-    parser.add_argument("--set", dest="overrides", metavar="KEY=VALUE", action="append", default=[],
-                        help="replace a value of the run's recipe, such as data.root; may be given again")
-    parser.add_argument("--device", help="where the network runs, such as cpu or cuda:1 (default: cuda where there is one)")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="replace a value of the run's recipe, such as data.root; may be given again",
+    )
+    parser.add_argument(
+        "--device", help="where the network runs, such as cpu or cuda:1 (default: cuda where there is one)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 

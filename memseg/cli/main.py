@@ -1,7 +1,7 @@
 """The command `memseg`: finds the subcommand, and turns what goes wrong into one line and an exit code.
 
-Subcommands import torch only when they run, so that help and mistyped commands answer at once. An error that the user can
-mend is printed as it stands and exits with 2; a traceback always means a defect of ours.
+Subcommands import torch only when they run, so that help and mistyped commands answer at once. An error that the user
+can mend is printed as it stands and exits with 2; a traceback always means a defect of ours.
 """
 
 import argparse

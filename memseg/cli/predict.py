@@ -20,9 +20,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("trained", metavar="RUN", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("images", metavar="IMAGES", nargs="+", type=Path, help="pictures, or folders of pictures")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR",
-                        help="where NAME_labels.png (class indices, 255 for none) and NAME_overlay.png go")
-    parser.add_argument("--device", help="where the network runs, such as cpu or cuda:1 (default: cuda where there is one)")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="where NAME_labels.png (class indices, 255 for none) and NAME_overlay.png go",
+    )
+    parser.add_argument(
+        "--device", help="where the network runs, such as cpu or cuda:1 (default: cuda where there is one)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -34,5 +34,7 @@ def run(args: argparse.Namespace) -> int:
         print(shipped_recipe(args.name).read_text(encoding="utf-8"), end="")
         return 0
     paths = shipped_recipes()
-    print_columns([(name, tomllib.loads(path.read_text(encoding="utf-8"))["description"]) for name, path in paths.items()])
+    print_columns(
+        [(name, tomllib.loads(path.read_text(encoding="utf-8"))["description"]) for name, path in paths.items()]
+    )
     return 0

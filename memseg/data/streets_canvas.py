@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.floating[Any]]
+"""Float32 in fact, which NumPy's type stubs cannot follow through arithmetic with plain numbers."""
 Colour = tuple[float, float, float]
 """Red, green, blue from 0 to 1."""
 Texture = Callable[[Floats, Floats], Floats]
-"""Rows (h, 1) and columns (1, w) of pixel centres -> colours (h, w, 3)."""
+"""Rows (h, 1) and columns (1, w) of pixel centres -> colours (3, h, w)."""
 Point = tuple[float, float]
 """(row, column), in pixels from the top left corner; the centre of the first pixel is (0.5, 0.5)."""
 T = TypeVar("T")
@@ -60,9 +61,7 @@ class Draws:
     def shade(self, colour: Colour, spread: float) -> Colour:
         """`colour` made lighter or darker as a whole, and each channel moved a little."""
         light = self.between(1 - spread, 1 + spread)
-        red, green, blue = (
-            min(1.0, max(0.0, part * light + self.between(-spread, spread) * 0.15)) for part in colour
-        )
+        red, green, blue = (min(1.0, max(0.0, part * light + self.between(-spread, spread) * 0.15)) for part in colour)
         return red, green, blue
 
     def grain(self, height: int, width: int) -> Floats:
@@ -90,12 +89,34 @@ def noise_tile() -> Floats:
         total += np.float32(weight) * (across[low] * (1 - part[:, None]) + across[high] * part[:, None])
         weight, cells = weight * 0.6, cells * 2
     total -= total.min()
-    return total / total.max()
+    total /= total.max()
+    return total
 
 
 def noise(rows: Floats, columns: Floats) -> Floats:
     """The noise tile at texel coordinates that broadcast together; nearest texel."""
-    return noise_tile()[np.floor(rows).astype(np.int64) & (TILE - 1), np.floor(columns).astype(np.int64) & (TILE - 1)]
+    down, across = (np.floor(place).astype(np.intp) & (TILE - 1) for place in (rows, columns))
+    return noise_tile().ravel().take(down * TILE + across)
+
+
+def centres(first: int, end: int) -> Floats:
+    """Coordinates (end - first,) of the pixel centres from `first` up to, not including, `end`."""
+    return np.arange(first, end, dtype=np.float32) + np.float32(0.5)
+
+
+def part_of(values: Floats) -> Floats:
+    """What is left of each value above the whole number below it: 0 up to 1."""
+    return values - np.floor(values)
+
+
+def within(values: Floats, low: float, high: float) -> Floats:
+    """Each value, or the nearer bound where it lies outside."""
+    return np.minimum(np.maximum(values, np.float32(low)), np.float32(high))
+
+
+def channels(colour: Colour) -> Floats:
+    """A colour as an array (3, 1, 1)."""
+    return np.array(colour, np.float32).reshape(3, 1, 1)
 
 
 def mix(first: Colour, second: Colour, share: float) -> Colour:
@@ -128,11 +149,12 @@ def rectangle(top: float, bottom: float, left: float, right: float, *, rounding:
     def distance(rows: Floats, columns: Floats) -> Floats:
         down = np.abs(rows - row) - (half_height - radius)
         across = np.abs(columns - column) - (half_width - radius)
-        if radius <= 0:
-            return np.maximum(down, across)
-        down_out, across_out = np.maximum(down, 0), np.maximum(across, 0)
-        outside: Floats = np.sqrt(down_out * down_out + across_out * across_out)
-        return outside + np.minimum(np.maximum(down, across), 0) - radius
+        result: Floats = np.maximum(down, across)
+        if radius > 0:
+            down_out, across_out = np.maximum(down, 0), np.maximum(across, 0)
+            outside = np.sqrt(down_out * down_out + across_out * across_out)
+            result = outside + np.minimum(result, 0) - radius
+        return result
 
     return Shape(top, bottom, left, right, distance)
 
@@ -163,14 +185,12 @@ def polygon(*points: Point) -> Shape:
             continue
         down, across = down / length, across / length
         offset = down * row + across * column
-        if down * centre_row + across * centre_column > offset:
-            down, across, offset = -down, -across, -offset
-        planes.append((down, across, offset))
+        inside = down * centre_row + across * centre_column <= offset
+        planes.append((down, across, offset) if inside else (-down, -across, -offset))
+    downs, acrosses, offsets = np.array(planes, np.float32).T[:, :, None, None]
 
     def distance(rows: Floats, columns: Floats) -> Floats:
-        result: Floats = np.full((rows.shape[0], columns.shape[1]), -np.inf)
-        for down, across, offset in planes:
-            result = np.maximum(result, rows * down + columns * across - offset)
+        result: Floats = ((rows * downs - offsets) + columns * acrosses).max(axis=0)
         return result
 
     return Shape(min(rows_of), max(rows_of), min(columns_of), max(columns_of), distance)
@@ -184,7 +204,7 @@ def stroke(start: Point, end: Point, start_radius: float, end_radius: float) -> 
 
     def distance(rows: Floats, columns: Floats) -> Floats:
         below, beside = rows - start[0], columns - start[1]
-        along = np.clip((below * down + beside * across) / square, 0.0, 1.0)
+        along = within((below * down + beside * across) / square, 0.0, 1.0)
         off_row, off_column = below - along * down, beside - along * across
         result: Floats = np.sqrt(off_row * off_row + off_column * off_column)
         return result - (start_radius + along * (end_radius - start_radius))
@@ -199,12 +219,13 @@ def leaves(circles: Sequence[tuple[float, float, float]], shift: Point) -> Shape
     texel = TILE / (8 * largest)
 
     def distance(rows: Floats, columns: Floats) -> Floats:
-        result: Floats = np.full((rows.shape[0], columns.shape[1]), np.inf)
+        result: Floats = np.full((rows.shape[0], columns.shape[1]), np.inf, np.float32)
         for row, column, radius in circles:
             down, across = rows - row, columns - column
             result = np.minimum(result, np.sqrt(down * down + across * across) - radius)
         ragged = noise(rows * texel + shift[0], columns * texel + shift[1])
-        return result + (ragged - 0.45) * (0.9 * largest)
+        ragged = ragged + 0.5 * noise(columns * (texel * 4) + shift[1], rows * (texel * 4) + shift[0])
+        return result + (ragged - 0.7) * (0.8 * largest)
 
     margin = 0.45 * largest
     return Shape(
@@ -216,17 +237,24 @@ def leaves(circles: Sequence[tuple[float, float, float]], shift: Point) -> Shape
     )
 
 
+def soft(shape: Shape, width: float) -> Shape:
+    """`shape` with an edge that fades over its outer `width` pixels."""
+    spread = max(width, 1.0)
+    return shape._replace(distance=lambda rows, columns: shape.distance(rows, columns) / spread + 0.5)
+
+
 class Canvas:
     """A picture and its labels, painted from far to near.
 
     Attributes:
-        image: float32 (H, W, 3), 0 to 1.
+        image: float32 (3, H, W), 0 to 1; NumPy is slow along axes of three.
         target: uint8 (H, W), class numbers.
     """
 
     def __init__(self, height: int, width: int) -> None:
-        self.image: npt.NDArray[np.float32] = np.zeros((height, width, 3), np.float32)
+        self.image: Floats = np.zeros((3, height, width), np.float32)
         self.target: npt.NDArray[np.uint8] = np.zeros((height, width), np.uint8)
+        self._rows, self._columns = centres(0, height)[:, None], centres(0, width)[None, :]
 
     def paint(self, shape: Shape, colour: Colour | Texture, label: int | None, *, opacity: float = 1.0) -> None:
         """Blends `colour` over `shape`; without a label (shadows, glints) the labels below stay."""
@@ -235,12 +263,13 @@ class Canvas:
         left, right = max(0, floor(shape.left) - 1), min(width, ceil(shape.right) + 1)
         if top >= bottom or left >= right:
             return
-        rows = np.arange(top, bottom, dtype=np.float64)[:, None] + 0.5
-        columns = np.arange(left, right, dtype=np.float64)[None, :] + 0.5
+        if (shape.bottom - shape.top) * (shape.right - shape.left) < 0.5:
+            return  # a detail too small to be seen
+        rows, columns = self._rows[top:bottom], self._columns[:, left:right]
         distance = shape.distance(rows, columns)
-        covered = np.clip(0.5 - distance, 0.0, opacity if opacity < 1 else 1.0).astype(np.float32)[:, :, None]
-        paint = np.asarray(colour(rows, columns) if callable(colour) else colour, np.float32)
-        under = self.image[top:bottom, left:right]
+        covered = np.minimum(np.maximum(0.5 - distance, 0.0), opacity)
+        paint = colour(rows, columns) if callable(colour) else channels(colour)
+        under = self.image[:, top:bottom, left:right]
         under += covered * (paint - under)
         if label is not None:
             self.target[top:bottom, left:right][distance <= 0] = label

@@ -16,6 +16,7 @@ from memseg.data.streets_canvas import (
     Floats,
     Point,
     Texture,
+    channels,
     dim,
     ellipse,
     leaves,
@@ -23,6 +24,7 @@ from memseg.data.streets_canvas import (
     noise,
     polygon,
     rectangle,
+    soft,
     stroke,
 )
 
@@ -93,6 +95,8 @@ class Scene:
     camera: Camera
     light: Light
     draws: Draws
+    grain: Draws
+    """For noise by the pixel, apart from `draws`, so that a scene is the same street at every size."""
 
 
 Painter = Callable[[Scene], None]
@@ -107,7 +111,8 @@ CLOTHES: tuple[Colour, ...] = (
 )  # fmt: skip
 SKINS: tuple[Colour, ...] = ((0.9, 0.74, 0.62), (0.76, 0.58, 0.44), (0.55, 0.38, 0.27), (0.34, 0.23, 0.17))
 LEAVES: tuple[Colour, ...] = (
-    (0.22, 0.36, 0.14), (0.32, 0.44, 0.18), (0.16, 0.3, 0.16), (0.45, 0.46, 0.18), (0.55, 0.38, 0.14), (0.27, 0.4, 0.28),
+    (0.22, 0.36, 0.14), (0.32, 0.44, 0.18), (0.16, 0.3, 0.16), (0.45, 0.46, 0.18),
+    (0.55, 0.38, 0.14), (0.27, 0.4, 0.28),
 )  # fmt: skip
 GLASS: Colour = (0.13, 0.17, 0.2)
 METALS: tuple[Colour, ...] = ((0.4, 0.42, 0.43), (0.2, 0.22, 0.22), (0.62, 0.63, 0.62), (0.18, 0.28, 0.24))
@@ -118,9 +123,8 @@ def shadow(scene: Scene, across: float, ahead: float, half_width: float, half_de
     camera = scene.camera
     row, column = camera.at(across, 0.0, ahead)
     depth = camera.at(across, 0.0, max(ahead - half_depth, 1.5))[0] - row
-    for spread, opacity in ((1.25, 0.2), (1.0, 0.3)):
-        patch = ellipse((row, column), depth * spread, camera.pixels(half_width, ahead) * spread)
-        scene.canvas.paint(patch, (0.05, 0.05, 0.07), None, opacity=opacity)
+    patch = soft(ellipse((row, column), 1.3 * depth, camera.pixels(1.25 * half_width, ahead)), 0.6 * depth)
+    scene.canvas.paint(patch, (0.05, 0.05, 0.07), None, opacity=0.55)
 
 
 @dataclass(frozen=True)
@@ -174,10 +178,12 @@ def _car_side(scene: Scene, body: Body, colour: Colour, across: float, ahead: fl
         return camera.at(plane, up, ahead + share * length)
 
     def cabin_at(up: float, share: float) -> Point:
-        return camera.at(plane - side * 0.1 * (up - body.belt), up, ahead + share * length)
+        lean = 0.05 + 0.17 * (up - body.belt) / (body.roof - body.belt)
+        return camera.at(plane - side * lean * body.width / 2, up, ahead + share * length)
 
     roof, belt = body.roof, body.belt
-    cabin = (cabin_at(belt, near[0]), cabin_at(roof, near[1]), cabin_at(roof, 1 - far[1]), cabin_at(belt, 1 - far[0]))
+    low = belt - 0.1
+    cabin = (cabin_at(low, near[0]), cabin_at(roof, near[1]), cabin_at(roof, 1 - far[1]), cabin_at(low, 1 - far[0]))
     canvas.paint(polygon(*cabin), lit, Label.CAR)
     canvas.paint(polygon(at(0.2, 0.0), at(belt - 0.1, 0.0), at(belt, near[0]), at(belt, 1 - far[0]),
                          at(belt - 0.12, 1.0), at(0.22, 1.0)), lit, Label.CAR)  # fmt: skip
@@ -192,7 +198,9 @@ def _car_side(scene: Scene, body: Body, colour: Colour, across: float, ahead: fl
         half_width = abs(at(0.31, share - 0.075)[1] - at(0.31, share + 0.075)[1]) / 2
         half_height = camera.pixels(0.32, ahead + share * length)
         canvas.paint(ellipse((row, column), half_height, half_width), dark, Label.CAR)
-        canvas.paint(ellipse((row, column), half_height * 0.55, half_width * 0.55), mix(dark, (0.6, 0.6, 0.62), 0.7), 7)
+        canvas.paint(
+            ellipse((row, column), half_height * 0.55, half_width * 0.55), mix(dark, (0.6, 0.6, 0.62), 0.7), Label.CAR
+        )
 
 
 def _car_end(scene: Scene, body: Body, colour: Colour, across: float, ahead: float, oncoming: bool) -> None:
@@ -262,7 +270,9 @@ def person(across: float, ahead: float) -> Painter:
             return foot - up * unit, column + aside * unit
 
         def limb(start: Point, end: Point, first: float, last: float, paint: Colour) -> None:
-            canvas.paint(stroke(at(*start), at(*end), max(first * unit, 0.4), max(last * unit, 0.35)), paint, 6)
+            canvas.paint(
+                stroke(at(*start), at(*end), max(first * unit, 0.4), max(last * unit, 0.35)), paint, Label.PERSON
+            )
 
         shadow(scene, across, ahead, 0.3 * tall / 1.7, 0.25)
         for way in (-1.0, 1.0):
@@ -289,10 +299,11 @@ def _foliage(scene: Scene, colour: Colour, ahead: float, middle: float, radius: 
     veil, texel = light.veil(ahead), 256 / (3.0 * radius)
 
     def texture(rows: Floats, columns: Floats) -> Floats:
-        fine = noise(rows * texel + shift[1], columns * texel + shift[0])
-        fall = (rows - middle) / (2.2 * radius)
-        bright = (0.62 + 0.95 * (fine - 0.25) - 0.45 * fall)[:, :, None]
-        return bright * colour * (1 - veil) + [part * veil for part in light.haze]
+        clumps = noise(rows * texel + shift[1], columns * texel + shift[0])
+        twigs = noise(columns * (texel * 5) + shift[0], rows * (texel * 5) + shift[1])
+        bright = 0.25 + clumps + 0.7 * (twigs - 0.35) - (rows - middle) * (0.2 / radius)
+        colours: Floats = bright * channels(dim(colour, 1 - veil)) + channels(dim(light.haze, veil))
+        return colours
 
     return texture
 
@@ -383,7 +394,9 @@ def pole(across: float, ahead: float) -> Painter:
             box = light.through((0.08, 0.1, 0.09), ahead)
             half = 0.17 * unit
             top = row - 0.45 * unit
-            canvas.paint(rectangle(top, top + 1.0 * unit, column - half, column + half, rounding=half * 0.4), box, 3)
+            canvas.paint(
+                rectangle(top, top + 1.0 * unit, column - half, column + half, rounding=half * 0.4), box, Label.POLE
+            )
             lit = draws.whole(0, 2)
             for place, paint in enumerate(((0.95, 0.2, 0.15), (0.95, 0.7, 0.15), (0.2, 0.85, 0.45))):
                 bulb = ellipse((top + (0.2 + 0.3 * place) * unit, column), 0.11 * unit, 0.11 * unit)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from memseg.data.dataset import IGNORE_INDEX, SegmentationDataset
+from memseg.data import IGNORE_INDEX, SegmentationDataset
 from memseg.errors import DataError, InputError
 from memseg.inference.labelling import Framing, label_image
 from memseg.models import SegmentedModel
@@ -88,8 +88,6 @@ def evaluate(
         images=len(dataset),
         miou=confusion.miou(),
         pixel_accuracy=confusion.pixel_accuracy(),
-        iou={
-            name: None if math.isnan(iou) else iou for name, iou in zip(names, confusion.iou().tolist(), strict=True)
-        },
+        iou={name: None if math.isnan(iou) else iou for name, iou in zip(names, confusion.iou().tolist(), strict=True)},
         seconds=time.perf_counter() - started,
     )

@@ -4,12 +4,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from memseg.data.dataset import ClassList
-
-Pixels = npt.NDArray[np.uint8]
+from memseg.data import IGNORE_INDEX, ClassList
+from memseg.data.dataset import Pixels
 
 
 def colour_map(classes: ClassList) -> Pixels:
@@ -44,7 +42,7 @@ def overlay_png(image: Pixels, labels: Pixels, classes: ClassList, *, opacity: f
         classes: Whose colours are laid over.
         opacity: Share of the colour in the mix, 0 to 1.
     """
-    share = np.where(labels == 255, 0.0, opacity).astype(np.float32)[..., None]
+    share = np.where(labels == IGNORE_INDEX, 0.0, opacity).astype(np.float32)[..., None]
     mixed = image * (1 - share) + colour_map(classes)[labels] * share
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 

@@ -1,8 +1,8 @@
 """The class of every pixel of one picture, at the picture's own size.
 
-A network must see a picture as it did in training: the same region, at the same scale. Its logits then have to come back
-to the picture's own pixels. Done in the usual way, that makes tensors of num_classes floats per pixel, twice when the
-picture was resized. Here the logits stay at the network's output resolution, and both steps are one bilinear
+A network must see a picture as it did in training: the same region, at the same scale. Its logits then have to come
+back to the picture's own pixels. Done in the usual way, that makes tensors of num_classes floats per pixel, twice
+when the picture was resized. Here the logits stay at the network's output resolution, and both steps are one bilinear
 interpolation, done for a band of rows at a time, of which only the strongest class is kept.
 """
 
@@ -10,24 +10,23 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from PIL import Image
 
-from memseg.data.dataset import IGNORE_INDEX
-from memseg.data.transforms import Fit, pad_to_multiple, to_tensor
+from memseg.data import IGNORE_INDEX, Fit, pad_to_multiple, to_tensor
+from memseg.data.dataset import Pixels
+from memseg.data.transforms import Region
 from memseg.errors import InputError
 from memseg.models import SegmentedModel
 from memseg.nn.loss import bands, upsample_rows
 from memseg.training.recipe import DataConfig
-
-Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Framing:
     """What of a picture the network sees, and how large."""
 
-    region: tuple[int, int, int, int] | None = None
+    region: Region | None = None
     """(top, bottom, left, right) in pixels of the picture; None for all of it."""
     size: tuple[int, int] | None = None
     """(height, width) that the region is resized to, a multiple of the output stride; None for its own size."""
@@ -37,7 +36,7 @@ class Framing:
         """As in training, but for random crops: those show the picture at its own scale, and so do we, whole."""
         return cls(region=data.region, size=data.image if data.fit is Fit.RESIZE else None)
 
-    def region_in(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    def region_in(self, size: tuple[int, int]) -> Region:
         """(top, bottom, left, right) in a picture of `size` (height, width).
 
         Raises:
@@ -56,8 +55,8 @@ class Framing:
 def label_image(model: SegmentedModel, image: Pixels, *, framing: Framing, device: torch.device) -> Pixels:
     """The class of every pixel of a picture, uint8 (H, W); 255 outside the framing's region.
 
-    A region of its own size is padded on the right and at the bottom, with the mean colour, to a multiple of the network's output
-    stride, and the padding's part of the answer is dropped.
+    A region at its own size is padded on the right and at the bottom, with the mean colour, to a multiple of the
+    network's output stride, and the padding's part of the answer is dropped.
 
     Args:
         model: In eval mode, on `device`.
@@ -66,18 +65,20 @@ def label_image(model: SegmentedModel, image: Pixels, *, framing: Framing, devic
         device: Where the network runs.
 
     Raises:
-        InputError: the picture is smaller than the framing's region.
+        InputError: the picture is smaller than the framing's region, or a side of `framing.size` is no multiple of the
+            output stride.
     """
     top, bottom, left, right = framing.region_in((image.shape[0], image.shape[1]))
     seen = image[top:bottom, left:right]
     height, width = seen.shape[:2]
-    if framing.size is not None:
-        seen = resize_image(seen, framing.size)
-    dtype = next(model.parameters()).dtype
-    padded = pad_to_multiple(to_tensor(seen), model.output_stride).to(device, dtype)
-    coarse = model.coarse_outputs(padded[None])[0]
-    # A resized region was not padded: its logits go straight back to the region's own pixels.
-    whole = (height, width) if framing.size is not None else (padded.shape[1], padded.shape[2])
+    if framing.size is None:
+        given = pad_to_multiple(to_tensor(seen), model.output_stride)
+        whole = (given.shape[1], given.shape[2])
+    else:
+        resized = Image.fromarray(seen).resize(framing.size[::-1], Image.Resampling.BILINEAR)
+        given = to_tensor(np.asarray(resized))
+        whole = (height, width)
+    coarse = model.coarse_outputs(given[None].to(device, next(model.parameters()).dtype))[0]
     labels = np.full(image.shape[:2], IGNORE_INDEX, dtype=np.uint8)
     for band in bands(height, coarse.shape[1] * whole[1] * coarse.element_size()):
         strongest = upsample_rows(coarse, whole, band)[0, :, :, :width].argmax(0)

@@ -1,20 +1,19 @@
 """Label maps for pictures of one's own.
 
-A folder may hold hundreds of pictures and one of them may be broken. What can be known beforehand (a missing file, a file
-that is no picture, two pictures whose results would overwrite each other) is told before the first is labelled. What
-shows only on decoding stops the work with the file's name, and every result already written stays, whole.
+A folder may hold hundreds of pictures and one of them may be broken. What can be known beforehand (a missing file, a
+file that is no picture, two pictures whose results would overwrite each other) is told before the first is labelled.
+What shows only on decoding stops the work with the file's name, and every result already written stays, whole.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from memseg.data.dataset import ClassList
+from memseg.data import ClassList
+from memseg.data.dataset import read_image, visible_files
 from memseg.errors import DataError, InputError
 from memseg.inference.images import label_png, overlay_png, save_png
 from memseg.inference.labelling import Framing, label_image
@@ -45,9 +44,11 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     problems = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+            inside = [file for file in visible_files(path) if file.suffix.lower() in IMAGE_SUFFIXES]
             if not inside:
-                problems.append(f"{path}: a folder must hold pictures ({', '.join(sorted(IMAGE_SUFFIXES))}), found none")
+                problems.append(
+                    f"{path}: a folder must hold pictures ({', '.join(sorted(IMAGE_SUFFIXES))}), found none"
+                )
             found += inside
         elif path.exists():
             found.append(path)
@@ -95,7 +96,7 @@ def predict_images(
     model.to(device).eval()
     try:
         for done, path in enumerate(image_paths, start=1):
-            image = _read_image(path)
+            image = read_image(path)
             labels = label_image(model, image, framing=framing, device=device)
             prediction = Prediction(path, out_dir / f"{path.stem}_labels.png", out_dir / f"{path.stem}_overlay.png")
             save_png(label_png(labels, classes), prediction.labels)
@@ -120,23 +121,16 @@ def _check_images(paths: Sequence[Path], framing: Framing) -> None:
             problems.append(f"{path}: {_reason(error)}")
         other = names.setdefault(path.stem, path)
         if other != path:
-            problems.append(f"{path}: its results would overwrite those of {other}; rename one, or use two --out folders")
+            problems.append(
+                f"{path}: its results would overwrite those of {other}; rename one, or use two --out folders"
+            )
     if problems:
         raise DataError("pictures", problems)
-
-
-def _read_image(path: Path) -> npt.NDArray[np.uint8]:
-    """uint8 (H, W, 3), RGB."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(str(path), [f"{_reason(error)}; the results of the pictures before it are written"]) from None
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read: {error.strerror}"
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "must be a picture that Pillow can read (PNG, JPEG, ...), it is not"
     return str(error) if isinstance(error, InputError) else f"cannot be decoded, the file is damaged: {error}"

@@ -61,12 +61,13 @@ class BatchNorm2d(nn.BatchNorm2d):
         """Normalised (N, C, H, W), kept by autograd as torch does."""
         if not self.uses_batch_statistics:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        mean, var = self.running_mean, self.running_var
         if _paused.get():
-            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
-        self.num_batches_tracked.add_(1)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
-        )
+            # Copies take the update: torch.utils.checkpoint wants the second run to save as many tensors as the first.
+            mean, var = mean.clone(), var.clone()
+        else:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
 
     @torch.no_grad()
     def follow(self, mean: Tensor, var: Tensor, count: int) -> None:

@@ -31,6 +31,7 @@ from memseg.nn.kernels import (
     batch_statistics,
     convolution_backward,
     from_channels,
+    mask_,
     project,
     project_backward,
     statistics_for,
@@ -142,13 +143,13 @@ class _DenseBlockNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, block: DenseBlock, x: Tensor, *parameters: Tensor) -> Tensor:
-        batch, _, *size = x.shape
-        columns = batch * size[0] * size[1]
+        batch, _, height, width = x.shape
+        columns = batch * height * width
         layers = block.layers
         growth = block.growth_rate
         shared = layers[0].norm1.uses_batch_statistics
         buffer = x.new_empty(block.out_channels, columns)
-        from_channels(buffer[: block.in_channels], batch, (size[0], size[1])).copy_(x)
+        from_channels(buffer[: block.in_channels], batch, (height, width)).copy_(x)
         mean, var = x.new_empty(block.out_channels), x.new_empty(block.out_channels)
         measured = 0
         bottlenecks: list[Tensor] = []
@@ -167,15 +168,15 @@ class _DenseBlockNode(torch.autograd.Function):
             bottleneck = project(features, norm1, layer.conv1.weight.flatten(1))
             second = statistics_for(layer.norm2, bottleneck)
             norm2 = NormRelu(layer.norm2.weight, layer.norm2.bias, second, layer.norm2.eps, shared)
-            kept = block.recompute is Recompute.NORMS
-            rows = bottleneck.unsqueeze(0)
-            normalised = norm2.whole(rows, out=None if kept else rows).squeeze(0)
-            grown = F.conv2d(from_channels(normalised, batch, (size[0], size[1])), layer.conv2.weight, padding=1)
-            from_channels(buffer[channels : channels + growth], batch, (size[0], size[1])).copy_(grown)
-            statistics += [*first, *second]
-            if kept:
+            normalised = norm2.images(bottleneck, batch, (height, width))
+            if block.recompute is Recompute.NORMS:
                 bottlenecks.append(bottleneck)
-        out = from_channels(buffer, batch, (size[0], size[1]))
+            del bottleneck
+            grown = F.conv2d(normalised, layer.conv2.weight, padding=1)
+            from_channels(buffer[channels : channels + growth], batch, (height, width)).copy_(grown)
+            del normalised, grown
+            statistics += [*first, *second]
+        out = from_channels(buffer, batch, (height, width))
         ctx.batch_statistics, ctx.growth, ctx.in_channels = shared, growth, block.in_channels
         ctx.eps = [(layer.norm1.eps, layer.norm2.eps) for layer in layers]
         ctx.save_for_backward(out, *parameters, *statistics, *bottlenecks)
@@ -206,20 +207,17 @@ class _DenseBlockNode(torch.autograd.Function):
             features, projection = buffer[:channels], conv1.flatten(1)
             line.add_to(grad, buffer, channels, channels + ctx.growth)
             bottleneck = bottlenecks[index] if bottlenecks else project(features, norm1, projection)
-            normalised = norm2.whole(bottleneck.unsqueeze(0))
-            grad_normalised, grad_conv2 = convolution_backward(
-                from_channels(grad[channels : channels + ctx.growth], batch, size),
-                from_channels(normalised.squeeze(0), batch, size),
-                conv2,
-                padding=1,
-                dilation=1,
-            )
-            grad_bottleneck, grad_weight2, grad_bias2 = norm2.whole_backward(
-                to_channels(grad_normalised).unsqueeze(0), bottleneck.unsqueeze(0), normalised
-            )
-            del grad_normalised, normalised, bottleneck
+            normalised = norm2.images(bottleneck, batch, size)
+            grad_grown = from_channels(grad[channels : channels + ctx.growth], batch, size)
+            grad_normalised, grad_conv2 = convolution_backward(grad_grown, normalised, conv2, padding=1, dilation=1)
+            mask_(grad_normalised, normalised)
+            del normalised
+            grad_rows = to_channels(grad_normalised)
+            del grad_normalised
+            grad_bottleneck, grad_weight2, grad_bias2 = norm2.backward(grad_rows, bottleneck)
+            del grad_rows, bottleneck
             grad_conv1, grad_weight1, grad_bias1 = project_backward(
-                grad_bottleneck.squeeze(0), features, norm1, projection, grad=grad[:channels], line=line
+                grad_bottleneck, features, norm1, projection, grad=grad[:channels], line=line
             )
             del grad_bottleneck
             gradients.append(

@@ -15,12 +15,14 @@ reads all before it) adds the lines of all of them in one pass: see `Line`.
 Source: Ioffe and Szegedy, arXiv:1502.03167, for the gradient; Pleiss et al., arXiv:1707.06990, for shared memory.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from memseg.nn.batch_norm import BatchNorm2d
 
@@ -84,32 +86,45 @@ class NormRelu:
     eps: float
     batch: bool
 
-    def whole(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """relu(bn(x)) for (N, C, H, W); `out` may be x."""
-        out = torch.empty_like(x) if out is None else out
-        unused = x.new_empty(0)
+    def whole(self, x: Tensor) -> Tensor:
+        """relu(bn(x)) for contiguous (N, C, H, W)."""
+        out, unused = torch.empty_like(x), x.new_empty(0)
         mean, var = self.statistics
         torch.native_batch_norm(
             x, self.weight, self.bias, mean, var, False, 0.0, self.eps, out=(out, unused, unused.clone())
         )
         return out.relu_()
 
-    def whole_backward(self, grad: Tensor, x: Tensor, normalised: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of x, weight and bias from that of `normalised` = whole(x); overwrites `grad`."""
-        _aten.threshold_backward.grad_input(grad, normalised, 0, grad_input=grad)
+    def images(self, x: Tensor, batch: int, size: tuple[int, int]) -> Tensor:
+        """relu(bn(x)) of a matrix (C, M), laid out as contiguous (N, C, H, W) for a convolution."""
+        out = x.new_empty(batch, x.shape[0], *size)
+        scale, shift = (number.view(-1, 1, 1, 1) for number in self.scale_and_shift())
+        torch.addcmul(shift, x.view(-1, batch, *size), scale, out=out.transpose(0, 1)).relu_()
+        return out
+
+    def backward(self, grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, weight and bias from the gradient of bn(x), see `mask_`.
+
+        Both are contiguous and alike: (N, C, H, W), or matrices (C, M).
+        """
         mean, var = self.statistics
         std_inverse = (var + self.eps).rsqrt()
-        return cast(
-            tuple[Tensor, Tensor, Tensor],
-            _aten.native_batch_norm_backward(
-                grad, x, self.weight, mean, var, mean, std_inverse, self.batch, self.eps, [True, True, True]
-            ),
+        mapped = (grad, x) if x.dim() == 4 else (grad.unsqueeze(0), x.unsqueeze(0))
+        grad_x, grad_weight, grad_bias = _aten.native_batch_norm_backward(
+            *mapped, self.weight, mean, var, mean, std_inverse, self.batch, self.eps, [True, True, True]
         )
+        return grad_x.view_as(x), grad_weight, grad_bias
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """bn(x) = scale * x + shift, each (C, 1)."""
         scale = self.weight * (self.statistics.var + self.eps).rsqrt()
         return scale.unsqueeze(1), (self.bias - self.statistics.mean * scale).unsqueeze(1)
+
+
+def mask_(grad: Tensor, normalised: Tensor) -> Tensor:
+    """ReLU's backward in place: `grad` is zeroed where `normalised` = relu(bn(x)) is; returns it."""
+    _aten.threshold_backward.grad_input(grad, normalised, 0, grad_input=grad)
+    return grad
 
 
 class Line:
@@ -125,13 +140,6 @@ class Line:
         rows.add_(self.constant[start:stop]).addcmul_(x[start:stop], self.slope[start:stop])
 
 
-def _tiles(x: Tensor) -> list[slice]:
-    limit = _TILE_BYTES.get(x.device.type, _TILE_BYTES_ELSEWHERE)
-    columns = x.shape[1]
-    width = max(512, limit // (x.shape[0] * x.element_size()) // 512 * 512)
-    return [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
-
-
 def project(x: Tensor, norm: NormRelu, weight: Tensor) -> Tensor:
     """weight @ relu(bn(x)): a BN-ReLU-1x1 convolution.
 
@@ -143,14 +151,8 @@ def project(x: Tensor, norm: NormRelu, weight: Tensor) -> Tensor:
     Returns:
         (O, M). Beyond it one tile of scratch is alive.
     """
-    scale, shift = norm.scale_and_shift()
     out = x.new_empty(weight.shape[0], x.shape[1])
-    tiles = _tiles(x)
-    scratch = x.new_empty(x.shape[0], tiles[0].stop)
-    for tile in tiles:
-        normalised = scratch[:, : tile.stop - tile.start]
-        torch.addcmul(shift, x[:, tile], scale, out=normalised).relu_()
-        torch.mm(weight, normalised, out=out[:, tile])
+    _project(x, *norm.scale_and_shift(), weight, out, x.new_empty(x.shape[0], _tile_columns(x)))
     return out
 
 
@@ -167,21 +169,12 @@ def project_backward(
     """
     channels, columns = x.shape
     scale, shift = norm.scale_and_shift()
-    mean = norm.statistics.mean.unsqueeze(1)
     grad_weight = torch.zeros_like(weight)
-    grad_sum, moment_sum = x.new_zeros(channels), x.new_zeros(channels)
-    tiles = _tiles(x)
-    scratch = x.new_empty(2, channels, tiles[0].stop)
-    for tile in tiles:
-        width = tile.stop - tile.start
-        normalised, grad_normalised = scratch[0, :, :width], scratch[1, :, :width]
-        torch.addcmul(shift, x[:, tile], scale, out=normalised).relu_()
-        grad_weight.addmm_(grad_out[:, tile], normalised.t())
-        torch.mm(weight.t(), grad_out[:, tile], out=grad_normalised)
-        _aten.threshold_backward.grad_input(grad_normalised, normalised, 0, grad_input=grad_normalised)
-        grad[:, tile].addcmul_(grad_normalised, scale)
-        grad_sum += grad_normalised.sum(1)
-        moment_sum += torch.sub(x[:, tile], mean, out=normalised).mul_(grad_normalised).sum(1)
+    sums = x.new_zeros(2, channels)
+    scratch = x.new_empty(2, channels, _tile_columns(x))
+    mean = norm.statistics.mean.unsqueeze(1)
+    _project_backward(grad_out, x, scale, shift, mean, weight, grad, grad_weight, sums, scratch)
+    grad_sum, moment_sum = sums
     std_inverse = (norm.statistics.var + norm.eps).rsqrt()
     grad_norm_weight = moment_sum * std_inverse
     if norm.batch:
@@ -191,12 +184,105 @@ def project_backward(
     return grad_weight, grad_norm_weight, grad_sum
 
 
+def _tile_columns(x: Tensor) -> int:
+    """Columns of a tile of x (C, M) whose scratch has the size that suits the device."""
+    limit = _TILE_BYTES.get(x.device.type, _TILE_BYTES_ELSEWHERE)
+    return min(x.shape[1], max(512, limit // (x.shape[0] * x.element_size()) // 512 * 512))
+
+
+def _tiles(x: Tensor, scratch: Tensor) -> Iterator[tuple[slice, int]]:
+    """Slices of x's columns, each with its width."""
+    columns, width = x.shape[1], scratch.shape[-1]
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        yield slice(start, stop), stop - start
+
+
+# The walks over tiles are operators of their own, so that a trace on fake tensors sees one operation with its scratch
+# instead of thousands, and torch.compile a node that it need not look into.
+
+
+@torch.library.custom_op("memseg::project", mutates_args=("out", "scratch"))
+def _project(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, scratch: Tensor) -> None:
+    """out (O, M) = weight (O, C) @ relu(scale * x + shift), x (C, M), through `scratch` (C, tile)."""
+    for tile, width in _tiles(x, scratch):
+        normalised = scratch[:, :width]
+        torch.addcmul(shift, x[:, tile], scale, out=normalised).relu_()
+        torch.mm(weight, normalised, out=out[:, tile])
+
+
+@torch.library.custom_op("memseg::project_backward", mutates_args=("grad", "grad_weight", "sums", "scratch"))
+def _project_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    grad_weight: Tensor,
+    sums: Tensor,
+    scratch: Tensor,
+) -> None:
+    """Add to `grad` (C, M), `grad_weight` (O, C) and `sums` (2, C): sum(g) and sum(g * (x - mean))."""
+    for tile, width in _tiles(x, scratch):
+        normalised, grad_normalised = scratch[0, :, :width], scratch[1, :, :width]
+        torch.addcmul(shift, x[:, tile], scale, out=normalised).relu_()
+        grad_weight.addmm_(grad_out[:, tile], normalised.t())
+        torch.mm(weight.t(), grad_out[:, tile], out=grad_normalised)
+        mask_(grad_normalised, normalised)
+        grad[:, tile].addcmul_(grad_normalised, scale)
+        sums[0] += grad_normalised.sum(1)
+        sums[1] += torch.sub(x[:, tile], mean, out=normalised).mul_(grad_normalised).sum(1)
+
+
+@_project.register_fake
+def _(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, out: Tensor, scratch: Tensor) -> None:
+    return None
+
+
+@_project_backward.register_fake
+def _(
+    grad_out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    grad_weight: Tensor,
+    sums: Tensor,
+    scratch: Tensor,
+) -> None:
+    return None
+
+
+@register_flop_formula(torch.ops.memseg.project)
+def _project_flops(x: torch.Size, scale: Any, shift: Any, weight: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * weight[0] * weight[1] * x[1]
+
+
+@register_flop_formula(torch.ops.memseg.project_backward)
+def _project_backward_flops(grad_out: torch.Size, x: torch.Size, *_: Any, **__: Any) -> int:
+    return 4 * grad_out[0] * x[0] * x[1]
+
+
 def convolution_backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, *, padding: int, dilation: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of input and weight of a stride-1 convolution without bias."""
+    """Gradients of input and weight of a stride-1 convolution without bias; `x` is contiguous."""
     grad_x, grad_weight, _ = _aten.convolution_backward(
-        grad_out, x, weight, None, [1, 1], [padding] * 2, [dilation] * 2, False, [0, 0], 1, [True, True, False]
+        grad_out.contiguous(),
+        x,
+        weight,
+        None,
+        [1, 1],
+        [padding] * 2,
+        [dilation] * 2,
+        False,
+        [0, 0],
+        1,
+        [True, True, False],
     )
     return cast(Tensor, grad_x), cast(Tensor, grad_weight)
 

@@ -22,6 +22,7 @@ from memseg.nn.kernels import (
     average_pool_backward,
     convolution_backward,
     from_channels,
+    mask_,
     project,
     project_backward,
     statistics_for,
@@ -183,8 +184,10 @@ class _UnitNode(torch.autograd.Function):
             grad_normalised, grad_weight = convolution_backward(
                 grad_out, normalised, weight, padding=ctx.dilation, dilation=ctx.dilation
             )
-            grad_x, grad_norm_weight, grad_norm_bias = norm.whole_backward(grad_normalised, x, normalised)
-            del grad_normalised, normalised
+            mask_(grad_normalised, normalised)
+            del normalised
+            grad_x, grad_norm_weight, grad_norm_bias = norm.backward(grad_normalised, x)
+            del grad_normalised
         grads = (grad_norm_weight, grad_norm_bias, grad_weight.view_as(weight), grad_bias)
         wanted = ctx.needs_input_grad[1:5]
         kept = (grad if needed else None for grad, needed in zip(grads, wanted, strict=True))

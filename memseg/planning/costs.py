@@ -153,8 +153,11 @@ def _structure_problems(segments: tuple[SegmentCost, ...]) -> list[str]:
     for segment in segments:
         if segment.name in made:
             problems.append(f"{segment.name}: the name is taken")
-        problems += [f"{segment.name}: reads {name}, which no earlier segment makes" for name in segment.reads
-                     if name not in made]  # fmt: skip
+        problems += [
+            f"{segment.name}: reads {name}, which no earlier segment makes"
+            for name in segment.reads
+            if name not in made
+        ]
         made.add(segment.name)
         if len(set(segment.reads)) < len(segment.reads):
             problems.append(f"{segment.name}: reads a tensor twice")
@@ -162,8 +165,11 @@ def _structure_problems(segments: tuple[SegmentCost, ...]) -> list[str]:
             problems.append(f"{segment.name}: has no recompute level")
         if len({level.recompute for level in segment.levels}) < len(segment.levels):
             problems.append(f"{segment.name}: has a recompute level twice")
-        problems += [f"{segment.name}: saves_inputs at {level.recompute} must have one entry for each of {segment.reads}"
-                     for level in segment.levels if len(level.saves_inputs) != len(segment.reads)]  # fmt: skip
+        problems += [
+            f"{segment.name}: saves_inputs at {level.recompute} needs {len(segment.reads)} entries, one for each read"
+            for level in segment.levels
+            if len(level.saves_inputs) != len(segment.reads)
+        ]
     if not segments or segments[-1].name != LOSS:
         problems.append(f'the last segment must be "{LOSS}"')
     return problems

@@ -155,7 +155,9 @@ class Stage:
     @cached_property
     def entering(self) -> tuple[SegmentCost, ...]:
         """Makers of the tensors that come from an earlier stage, read here or later."""
-        return tuple(s for s in self.costs.segments[: self.first] if any(r >= self.first for r in self._readers[s.name]))
+        return tuple(
+            s for s in self.costs.segments[: self.first] if any(r >= self.first for r in self._readers[s.name])
+        )
 
     @cached_property
     def leaving(self) -> tuple[SegmentCost, ...]:

@@ -1,8 +1,8 @@
 """The figures of a run while it runs: lines of JSON for programs, event files for TensorBoard.
 
-A run may be killed at any moment and resumed from its last checkpoint. The log then ends in half a line, and holds steps
-that will be done again. So each line goes to the operating system whole, at once; and opening the log for a step first
-cuts it back to that step, into a new file that takes the place of the old one in a single rename.
+A run may be killed at any moment and resumed from its last checkpoint. The log then ends in half a line, and holds
+steps that will be done again. So each line goes to the operating system whole, at once; and opening the log for a
+step first cuts it back to that step, into a new file that takes the place of the old one in a single rename.
 """
 
 import json
@@ -33,9 +33,7 @@ class MetricsLog:
         path = folder / METRICS_FILE
         _replace_text(path, "".join(_line(record) for record in read_metrics(folder) if record["step"] <= resume_step))
         self._lines = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(  # type: ignore[no-untyped-call]
-            log_dir=str(folder / EVENTS_FOLDER), purge_step=resume_step + 1, flush_secs=10
-        )
+        self._events = SummaryWriter(log_dir=str(folder / EVENTS_FOLDER), purge_step=resume_step + 1, flush_secs=10)
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Log values of one step under their names.
@@ -45,12 +43,12 @@ class MetricsLog:
         self._lines.write(_line({"step": step, **values}))
         self._lines.flush()
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Write out what TensorBoard still buffers, and close the files."""
         self._lines.close()
-        self._events.close()  # type: ignore[no-untyped-call]
+        self._events.close()
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ image only adds to one table of counts. Counts add, also between processes, and 
 import torch
 from torch import Tensor
 
-from memseg.data.dataset import IGNORE_INDEX
+from memseg.data import IGNORE_INDEX
 from memseg.errors import InputError
 
 
@@ -32,7 +32,7 @@ class ConfusionMatrix:
         """Count the labelled pixels of one or more images.
 
         Args:
-            predicted: Class of each pixel, any integer type, any shape. Where `target` is unlabelled it may be anything.
+            predicted: Class of each pixel, any integer type, any shape; where `target` is unlabelled, anything.
             target: True class of each pixel, same shape and device; 255 is unlabelled and not counted.
 
         Raises:
@@ -53,7 +53,7 @@ class ConfusionMatrix:
         self.counts += pairs.reshape(num_classes, num_classes).cpu()
 
     def iou(self) -> Tensor:
-        """Intersection over union of each class, float64 (num_classes,); nan where a class was neither true nor found."""
+        """Intersection over union of each class, float64 (num_classes,); nan where one was neither true nor found."""
         hits = self.counts.diagonal()
         union = self.counts.sum(0) + self.counts.sum(1) - hits
         return hits.double() / union

@@ -8,7 +8,6 @@ The same values travel on: the run folder keeps them as JSON, and `parse_recipe`
 import json
 import tomllib
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,9 +22,8 @@ from pydantic import (
     field_validator,
 )
 
-from memseg.data.dataset import SegmentationDataset
-from memseg.data.loading import dataset_names, open_dataset
-from memseg.data.transforms import Fit
+from memseg.data import Fit, SegmentationDataset, dataset_names, open_dataset
+from memseg.data.transforms import Region
 from memseg.errors import InputError, RecipeError, UnknownNameError
 from memseg.levels import NormMode
 from memseg.models import model_names
@@ -56,18 +54,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class StrictModel(BaseModel):
     """A table of a recipe: unknown keys, wrong types and non-finite numbers are refused, and no value changes later."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class StrategyChoice(StrEnum):
-    """How the network is laid over the cards."""
-
-    AUTO = "auto"
-    """Whichever strategy is predicted to be fastest among those that fit."""
-    SINGLE = "single"
-    """The whole network on one card."""
-    SPLIT = "split"
-    """Consecutive segments of the network on consecutive cards."""
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class StreetsConfig(StrictModel):
@@ -92,7 +81,7 @@ class DataConfig(StrictModel):
     """Size that the network trains on, as "HEIGHTxWIDTH"; both sides a multiple of the network's output stride."""
     fit: Fit = Fit.PAD
     """What happens to a picture of another size: `pad` to the right and bottom, random `crop`, or `resize`."""
-    region: tuple[int, int, int, int] | None = None
+    region: Region | None = None
     """Rows and columns [top, bottom, left, right] cut from each picture before it is fitted."""
     flip: bool = True
     """Mirror every other picture, at random, in training."""
@@ -118,7 +107,7 @@ class DataConfig(StrictModel):
 
     @field_validator("region")
     @classmethod
-    def _encloses_pixels(cls, region: tuple[int, int, int, int] | None) -> tuple[int, int, int, int] | None:
+    def _encloses_pixels(cls, region: Region | None) -> Region | None:
         if region is not None:
             top, bottom, left, right = region
             if not (0 <= top < bottom and 0 <= left < right):
@@ -234,8 +223,8 @@ class RunConfig(StrictModel):
 
     cards: Text | None = None
     """Cards as on the command line, such as "cpu:8GiB,cpu:12GiB"; left out, the command line must name them."""
-    strategy: StrategyChoice = StrategyChoice.AUTO
-    """How the network is laid over the cards."""
+    strategy: Literal["auto", "single", "split"] = "auto"
+    """The whole network on a `single` card, `split` over consecutive cards, or whichever is predicted to be faster."""
 
 
 class Recipe(StrictModel):
@@ -278,7 +267,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except UnicodeDecodeError as error:
         raise RecipeError(str(path), [f"must be UTF-8 text: {error}"]) from None
     except OSError as error:
-        raise RecipeError(str(path), [f"cannot be read: {error.strerror}; `memseg recipes` lists shipped ones"]) from None
+        raise RecipeError(
+            str(path), [f"cannot be read: {error.strerror}; `memseg recipes` lists shipped ones"]
+        ) from None
     return parse_recipe(values, str(path), overrides)
 
 

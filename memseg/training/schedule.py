@@ -1,7 +1,7 @@
 """The learning rate along a run.
 
-The paper lowers it polynomially from the first step to the last. As a plain function of the step, and not an object that
-counts steps of its own, it needs no place in a checkpoint: a resumed run cannot disagree with it.
+The paper lowers it polynomially from the first step to the last. As a plain function of the step, and not an object
+that counts steps of its own, it needs no place in a checkpoint: a resumed run cannot disagree with it.
 """
 
 
@@ -17,8 +17,8 @@ def poly_lr(base_lr: float, step: int, total_steps: int, power: float = 1.5) -> 
     Raises:
         ValueError: `step` lies outside the run.
 
-    >>> [round(poly_lr(5e-4, step, 4), 6) for step in range(5)]
-    [0.0005, 0.000325, 0.000177, 6.2e-05, 0.0]
+    >>> [round(poly_lr(5e-4, step, 4), 8) for step in range(5)]
+    [0.0005, 0.00032476, 0.00017678, 6.25e-05, 0.0]
 
     Source: Kreso et al., ICCV workshops 2017, section 4.
     """

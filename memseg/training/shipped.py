@@ -19,5 +19,7 @@ def shipped_recipe(name: str) -> Path:
     """
     known = shipped_recipes()
     if name not in known:
-        raise UnknownNameError("recipe", name, known, hint="(a recipe of your own is given as a path that ends in .toml)")
+        raise UnknownNameError(
+            "recipe", name, known, hint="(a recipe of your own is given as a path that ends in .toml)"
+        )
     return known[name]

@@ -1,0 +1,71 @@
+"""What training minimises, and one step of it: the same step whether it is traced, measured or trained."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from memseg.models.segmented import SegmentedModel
+from memseg.nn import IGNORE_INDEX, banded_cross_entropy
+
+
+class Objective(nn.Module):
+    """Weighted sum of the cross-entropies of a model's coarse outputs, each brought to the target's size.
+
+    Args:
+        aux_weight: Weight shared by all outputs but the first, 0..1; the first gets the rest. The paper: 0.3.
+        ignore_index: Label of pixels that do not count.
+
+    Raises:
+        ValueError: `aux_weight` is outside 0..1.
+    """
+
+    def __init__(self, aux_weight: float = 0.3, *, ignore_index: int = IGNORE_INDEX) -> None:
+        super().__init__()
+        if not 0 <= aux_weight <= 1:
+            raise ValueError(f"aux_weight must be within 0..1, got {aux_weight}")
+        self.aux_weight, self.ignore_index = aux_weight, ignore_index
+
+    def forward(self, *outputs_and_target: Tensor) -> Tensor:
+        """Of coarse logits (N, K, h, w), the main ones first, and last the target (N, H, W): a scalar."""
+        main, *auxiliary, target = outputs_and_target
+        total = banded_cross_entropy(main, target, ignore_index=self.ignore_index)
+        if not auxiliary:
+            return total
+        total = total * (1 - self.aux_weight)
+        for logits in auxiliary:
+            weight = self.aux_weight / len(auxiliary)
+            total = total + weight * banded_cross_entropy(logits, target, ignore_index=self.ignore_index)
+        return total
+
+
+def training_step(
+    model: SegmentedModel,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    target: Tensor,
+    *,
+    begin: Callable[[str], None] = lambda phase: None,
+) -> Tensor:
+    """Forward, loss, backward, update.
+
+    Args:
+        model: In training mode.
+        objective: Of its coarse outputs.
+        optimizer: Of its parameters.
+        images: (N, 3, H, W).
+        target: (N, H, W), uint8 or int64.
+        begin: Called with "forward", "backward" and "optimizer" as each begins.
+
+    Returns:
+        The loss, a scalar without a graph.
+    """
+    begin("forward")
+    optimizer.zero_grad(set_to_none=True)
+    loss: Tensor = objective(*model.coarse_outputs(images), target)
+    begin("backward")
+    loss.backward()  # type: ignore[no-untyped-call]
+    begin("optimizer")
+    optimizer.step()
+    return loss.detach()

@@ -1,0 +1,36 @@
+"""Costs and cards in, a plan out. Imports no torch, so it answers in milliseconds to seconds on any machine."""
+
+from memseg.planning.advice import Change, NothingFitsError, infeasible_json
+from memseg.planning.cards import Card, known_cards, load_card, parse_cards
+from memseg.planning.costs import IMAGES, LOSS, TARGET, LevelCost, ModelCosts, SegmentCost, Work
+from memseg.planning.memory import Category, Moment, Peak, Stage
+from memseg.planning.plan import Alternative, CardPlan, PlacedSegment, Plan, load_plan, save_plan
+from memseg.planning.planner import make_plan
+
+__all__ = [
+    "IMAGES",
+    "LOSS",
+    "TARGET",
+    "Alternative",
+    "Card",
+    "CardPlan",
+    "Category",
+    "Change",
+    "LevelCost",
+    "ModelCosts",
+    "Moment",
+    "NothingFitsError",
+    "Peak",
+    "PlacedSegment",
+    "Plan",
+    "SegmentCost",
+    "Stage",
+    "Work",
+    "infeasible_json",
+    "known_cards",
+    "load_card",
+    "load_plan",
+    "make_plan",
+    "parse_cards",
+    "save_plan",
+]

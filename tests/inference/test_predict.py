@@ -1,0 +1,87 @@
+"""Label maps for pictures of any size, and what a broken picture among good ones does."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from memseg.data import ClassList
+from memseg.errors import DataError
+from memseg.inference.images import label_png, overlay_png
+from memseg.inference.labelling import Framing
+from memseg.inference.predict import find_images, predict_images
+from memseg.models import build_model
+
+CLASSES = ClassList(("road", "car", "sky"), ((128, 64, 128), (0, 0, 142), (70, 130, 180)))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_model("ladder-densenet-mini", num_classes=3)
+
+
+def write_picture(path, size, mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def test_results_have_the_size_of_the_picture_and_the_colours_of_the_classes(model, tmp_path):
+    paths = [write_picture(tmp_path / "odd.png", (61, 97)), write_picture(tmp_path / "grey.jpg", (70, 65), "L")]
+    predictions = predict_images(model, paths, tmp_path / "out", CLASSES)
+    assert [prediction.image for prediction in predictions] == paths
+    for prediction, size in zip(predictions, [(97, 61), (65, 70)], strict=True):
+        with Image.open(prediction.labels) as labels, Image.open(prediction.overlay) as overlay:
+            assert (labels.size, labels.mode) == (size, "P")
+            assert (overlay.size, overlay.mode) == (size, "RGB")
+            assert set(np.unique(labels)) <= {0, 1, 2}
+            assert labels.getpalette()[:9] == [128, 64, 128, 0, 0, 142, 70, 130, 180]
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_unlabelled_is_black_and_shows_the_picture_in_the_overlay():
+    labels = np.array([[1, 255]], dtype=np.uint8)
+    image = np.full((1, 2, 3), 100, dtype=np.uint8)
+    assert np.asarray(label_png(labels, CLASSES).convert("RGB")).tolist() == [[[0, 0, 142], [0, 0, 0]]]
+    assert np.array_equal(label_png(labels, CLASSES), labels)
+    assert np.asarray(overlay_png(image, labels, CLASSES)).tolist() == [[[50, 50, 121], [100, 100, 100]]]
+
+
+def test_what_shows_in_names_and_headers_is_told_before_anything_is_written(model, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    paths = [
+        write_picture(tmp_path / "good.png", (64, 64)),
+        write_picture(tmp_path / "other" / "good.jpg", (64, 64)),
+        tmp_path / "text.png",
+        tmp_path / "absent.png",
+        write_picture(tmp_path / "small.png", (10, 64)),
+    ]
+    with pytest.raises(DataError) as caught:
+        predict_images(model, paths, tmp_path / "out", CLASSES, framing=Framing(region=(0, 64, 0, 64)))
+    clash, text, absent, small = caught.value.problems
+    assert clash.startswith(f"{paths[1]}: its results would overwrite those of {paths[0]}")
+    assert text == f"{paths[2]}: must be a picture that Pillow can read (PNG, JPEG, ...), it is not"
+    assert absent == f"{paths[3]}: cannot be read: No such file or directory"
+    assert small.startswith(f"{paths[4]}: a picture must reach row 64")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_truncated_picture_is_named_and_costs_nothing_that_was_written(model, tmp_path, suffix):
+    good, torn = write_picture(tmp_path / "good.png", (64, 64)), write_picture(tmp_path / f"torn.{suffix}", (64, 64))
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size * 2 // 3])
+    with pytest.raises(DataError, match=rf"torn\.{suffix}: 1 problem\n.*cannot be decoded .*truncated"):
+        predict_images(model, [good, torn], tmp_path / "out", CLASSES)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good_labels.png", "good_overlay.png"]
+
+
+def test_folders_are_searched_for_pictures(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    deep, top = write_picture(tmp_path / "b" / "c" / "deep.JPG", (2, 2)), write_picture(tmp_path / "a.png", (2, 2))
+    assert find_images([tmp_path]) == [top, deep]
+    assert find_images([deep, tmp_path / "notes.txt"]) == [deep, tmp_path / "notes.txt"]
+    with pytest.raises(DataError, match=r"2 problems\n.*absent: no such file or folder\n.*empty: .*found none"):
+        find_images([tmp_path / "absent", tmp_path / "empty"])

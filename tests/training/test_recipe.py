@@ -1,0 +1,151 @@
+"""Recipes: what is refused, how it is said, and that all shipped ones are sound."""
+
+import json
+
+import pytest
+
+from memseg.data import Fit
+from memseg.errors import RecipeError, UnknownNameError
+from memseg.resources import shipped_folder
+from memseg.training.recipe import load_recipe, override_recipe, parse_recipe
+
+SHIPPED = sorted(shipped_folder("recipes").rglob("*.toml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipe_loads_by_path_and_by_name(path):
+    recipe = load_recipe(path)
+    assert recipe == load_recipe(path.stem)
+    assert recipe.name == path.stem
+    assert recipe.description
+    assert parse_recipe(json.loads(recipe.to_json()), "recipe.json") == recipe
+
+
+def test_the_papers_recipes_are_shipped():
+    full, half = load_recipe("ldn169_cityscapes"), load_recipe("ldn121_cityscapes_half")
+    assert (full.data.image, full.train.batch, full.schedule.epochs) == ((1024, 2048), 2, 30)
+    assert (half.data.image, half.data.region, half.train.batch) == ((448, 1024), (30, 900, 0, 2048), 4)
+    assert half.data.fit is Fit.RESIZE
+    for recipe in (full, half):
+        assert (recipe.optimizer.lr, recipe.optimizer.weight_decay) == (5e-4, 1e-4)
+        assert (recipe.optimizer.pretrained_lr_factor, recipe.schedule.poly_power) == (0.2, 1.5)
+        assert recipe.loss.aux_weight == 0.3
+
+
+def test_all_problems_of_a_file_are_told_at_once(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        """
+name = "mine"
+[data]
+dataset = "citiscapes"
+image = "1024"
+fit = "padd"
+region = [900, 30, 0, 2048]
+[data.streets]
+lenght = 3
+[model]
+name = "ladder-densenet12"
+[schedule]
+epochs = 30
+steps = 100
+[optimizer]
+lr = -1
+betas = [0.9, 1.0]
+[train]
+batchsize = 4
+workers = "two"
+seed = 1.5
+"""
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).splitlines() == [
+        f"{path}: 12 problems",
+        "  data.dataset: unknown data set 'citiscapes'; did you mean cityscapes?",
+        "  data.image: an image size must be HEIGHTxWIDTH in pixels, got '1024'; try 1024x2048",
+        "  data.fit: must be pad, crop or resize, got 'padd'; did you mean pad?",
+        "  data.region: must be [top, bottom, left, right] in pixels with top < bottom and left < right, "
+        "got [900, 30, 0, 2048]; try [30, 900, 0, 2048]",
+        "  data.streets.lenght: unknown key; did you mean length?",
+        "  model.name: unknown model 'ladder-densenet12'; did you mean ladder-densenet121?",
+        "  optimizer.lr: must be greater than 0, got -1",
+        "  optimizer.betas[1]: must be less than 1, got 1.0",
+        "  schedule.steps: exactly one of schedule.epochs and schedule.steps must be given, "
+        "got epochs 30 and steps 100",
+        "  train.seed: must be a whole number, got 1.5",
+        "  train.workers: must be a whole number, got 'two'",
+        "  train.batchsize: unknown key; did you mean batch?",
+    ]
+
+
+def test_what_is_missing_is_told(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('name = "mine"\n[data]\ndataset = "camvid"\nimage = "384x512"\n[schedule]\n')
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert caught.value.problems == [
+        "data.root: the data set camvid needs the folder that holds it; give data.root",
+        "model: must be given",
+        "schedule.steps: exactly one of schedule.epochs and schedule.steps must be given, got neither",
+    ]
+
+
+def test_streets_options_belong_to_streets():
+    with pytest.raises(RecipeError, match="options of the data set streets, but dataset is camvid"):
+        load_recipe("camvid_mini", ["data.streets.length=3"])
+    with pytest.raises(RecipeError, match="streets is generated and has no folder"):
+        load_recipe("streets_demo", ["data.root=somewhere"])
+
+
+def test_overrides_take_toml_values_and_bare_text():
+    recipe = load_recipe(
+        "camvid_mini",
+        [
+            "train.batch=1",
+            "data.root=else where/camvid",
+            "data.flip=false",
+            "optimizer.betas=[0.5, 0.9]",
+            "run.cards=cpu:8GiB,cpu:12GiB",
+            "data.image=192x256",
+            'name="quoted"',
+        ],
+    )
+    assert (recipe.train.batch, str(recipe.data.root), recipe.data.flip) == (1, "else where/camvid", False)
+    assert (recipe.optimizer.betas, recipe.run.cards) == ((0.5, 0.9), "cpu:8GiB,cpu:12GiB")
+    assert (recipe.data.image, recipe.name) == ((192, 256), "quoted")
+
+
+def test_overriding_steps_replaces_epochs():
+    recipe = load_recipe("camvid_mini", ["schedule.steps=7"])
+    assert (recipe.schedule.epochs, recipe.schedule.steps) == (None, 7)
+    back = override_recipe(recipe, ["schedule.epochs=2"])
+    assert (back.schedule.epochs, back.schedule.steps) == (2, None)
+
+
+def test_bad_overrides_are_told_with_the_other_problems():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("streets_demo", ["train.batch", "name.first=x", "trian.batch=2", "train.batch=0"])
+    assert caught.value.problems == [
+        "train.batch: an override must be written key=value; try train.batch=4",
+        "name.first=x: name is a value and holds no keys",
+        "train.batch: must be greater than 0, got 0",
+        "trian: unknown key; did you mean train?",
+    ]
+
+
+def test_a_file_that_is_no_recipe_is_named(tmp_path):
+    torn = tmp_path / "torn.toml"
+    torn.write_text('name = "torn\n')
+    with pytest.raises(RecipeError, match=r"torn\.toml.*\n.*must be TOML: .*line 1"):
+        load_recipe(torn)
+    with pytest.raises(RecipeError, match=r"absent\.toml: 1 problem\n.*cannot be read: No such file"):
+        load_recipe(tmp_path / "absent.toml")
+    with pytest.raises(UnknownNameError, match="did you mean streets_demo"):
+        load_recipe("streets-demo")
+
+
+def test_generated_streets_open_with_the_recipes_options():
+    data = load_recipe("streets_demo", ["data.streets.length=5", "data.streets.val_length=3"]).data
+    assert (len(data.open("train")), len(data.open("val"))) == (5, 3)
+    assert data.open("val").size(0) == data.image
