@@ -9,14 +9,15 @@ each the median of several runs after one to warm up, in float32:
     link        a tensor sent from one process to another by gloo, as the stages of a split do
 """
 
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.queues import SimpleQueue
 
 import torch
-import torch.multiprocessing
 from torch import distributed
 from torch.nn import functional as F
 
@@ -67,12 +68,19 @@ def copy_bytes() -> float:
 
 def link_bytes() -> float:
     """Bytes per second of sending 64 MiB to another process and back, one direction counted at a time."""
-    rates = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(_echo, args=(rates,), nprocs=2)
-    return float(rates.get())
+    context = multiprocessing.get_context("spawn")
+    rates: SimpleQueue[float] = context.SimpleQueue()
+    processes = [context.Process(target=_echo, args=(rank, rates)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit("link: a process failed; its message is above")
+    return rates.get()
 
 
-def _echo(rank: int, rates: "torch.multiprocessing.SimpleQueue[float]") -> None:
+def _echo(rank: int, rates: SimpleQueue[float]) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
     distributed.init_process_group("gloo", rank=rank, world_size=2)
     buffer = torch.ones(LINK_ELEMENTS)

@@ -96,7 +96,7 @@ def known_cards() -> tuple[Card, ...]:
     """Every card that memseg ships a profile of, from the smallest to the largest.
 
     >>> [card.name for card in known_cards()][:2]
-    ['rtx2060', 'cpu']
+    ['rtx2060', 'gtx1070']
     """
     return tuple(sorted(_shipped().values(), key=lambda card: (card.available_bytes, card.name)))
 

@@ -202,7 +202,7 @@ class Stage:
     def _backward(self, position: int, always: list[Term]) -> Moment:
         segment = self.costs.segments[position]
         terms = [*always, *self._saved(range(self.first, position + 1))]
-        for maker in range(self.first, position + 1):
+        for maker in self.positions:
             terms += self._tensor(maker, held=False, before=position + 1)
         terms += [
             Term(done.gradient_bytes, Category.GRADIENT)
@@ -241,7 +241,9 @@ class Stage:
         maker = self.costs.segments[position]
         if held or maker in self.leaving or not self._readers[maker.name]:
             return [Term(maker.output_bytes, Category.ACTIVATION)]
-        picks = {(position, number) for number, level in enumerate(maker.levels) if level.saves_output}
+        picks: set[Pick] = set()
+        if position < before:
+            picks |= {(position, number) for number, level in enumerate(maker.levels) if level.saves_output}
         for reader in self._local_readers(maker.name):
             segment = self.costs.segments[reader]
             place = segment.reads.index(maker.name)

@@ -77,6 +77,7 @@ def profile_step(
     recompute: Recompute | Mapping[str, Recompute] = Recompute.NONE,
     aux_weight: float = 0.3,
     optimizer: OptimizerFactory = fused_adam,
+    device: str = "cpu",
 ) -> StepProfile:
     """Trace one training step in its steady state, on fake tensors: no memory is needed, and no GPU.
 
@@ -87,6 +88,7 @@ def profile_step(
         recompute: Of all segments, or of the named ones.
         aux_weight: Of the objective.
         optimizer: Makes the optimizer.
+        device: "cpu" or "cuda": whose workspaces to count.
 
     Raises:
         InputError: the model cannot take images of that size.
@@ -97,7 +99,7 @@ def profile_step(
         model.check_image(image)
         model.set_recompute(recompute)
         objective = Objective(aux_weight)
-        tracer = _trace(model, objective, optimizer, image=image, batch=batch)
+        tracer = _trace(model, objective, optimizer, image=image, batch=batch, device=device)
         names = tuple(name for name, _ in [*named_layers(model), (LOSS, objective)])
         return StepProfile(model.name, image, batch, tracer.timeline(), tracer.work, names)
 
@@ -132,12 +134,13 @@ def _trace(
     *,
     image: tuple[int, int],
     batch: int,
+    device: str,
 ) -> StepTracer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(parameters)
     images = torch.empty(batch, 3, *image, dtype=parameters[0].dtype)
     target = torch.empty(batch, *image, dtype=torch.uint8)
-    tracer = StepTracer([*named_layers(model), (LOSS, objective)])
+    tracer = StepTracer([*named_layers(model), (LOSS, objective)], device=device)
     know_parameters(tracer, model)
     tracer.know(create_optimizer_state(optimizer), Category.OPTIMIZER_STATE)
     tracer.know([images, target], Category.INPUT)

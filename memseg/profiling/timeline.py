@@ -32,6 +32,8 @@ class Category(StrEnum):
     """Made in forward, freed in backward or after."""
     TEMPORARY = "temporary"
     """Made and freed in the same phase, and gradients of activations."""
+    WORKSPACE = "workspace"
+    """What a library's kernel takes while it runs."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Timeline:
 
     def by_category(self, instant: int | None = None) -> dict[Category, int]:
         """Bytes of each category at an instant, the peak where none is given; all categories are there."""
-        totals = Counter({category: 0 for category in Category})
+        totals = Counter(dict.fromkeys(Category, 0))
         for one in self.alive(self.peak_instant if instant is None else instant):
             totals[one.category] += one.size_bytes
         return dict(totals)

@@ -2,7 +2,8 @@
 
 Fake tensors have shapes and storages but no memory, so a step of any size runs on any machine. A dispatch mode sees
 every operation below autograd: each storage that an operation returns for the first time is an allocation, and its
-end is seen through a weak reference. What a kernel allocates and frees inside itself is not seen.
+end is seen through a weak reference. What a kernel allocates and frees inside itself is not seen, but for the
+workspaces of convolutions, which `memseg.profiling.workspace` knows.
 
 Layers are known in forward by module hooks. In backward the running autograd node tells: its sequence number lies
 between those that were current when its module was entered and left.
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from memseg.planning.costs import Work
 from memseg.profiling.timeline import Allocation, Category, Phase, Timeline
+from memseg.profiling.workspace import Transient, convolution_workspace
 
 _aten = torch.ops.aten
 _FREE_OF_TRAFFIC = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty_strided}
@@ -64,10 +66,12 @@ class StepTracer(TorchDispatchMode):
 
     Args:
         modules: Modules whose names are told, with their names.
+        device: "cpu" or "cuda": whose workspaces to count.
     """
 
-    def __init__(self, modules: Iterable[tuple[str, nn.Module]] = ()) -> None:
+    def __init__(self, modules: Iterable[tuple[str, nn.Module]] = (), *, device: str = "cpu") -> None:
         super().__init__()
+        self._device = device
         self.phase = Phase.SETUP
         self.work: defaultdict[tuple[Phase, str], Work] = defaultdict(lambda: Work(0, 0))
         self._names = {module: name for name, module in modules}
@@ -146,8 +150,11 @@ class StepTracer(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         layer = self._layer()
-        for tensor in _tensors(out):
+        transients = convolution_workspace(func, args, self._device)
+        for index, tensor in enumerate(_tensors(out)):
+            self._allocate_briefly(transients, index, layer)
             self._see(tensor, layer)
+        self._allocate_briefly(transients, len(_tensors(out)), layer)
         self._count_work(func, args, kwargs or {}, out, layer)
         return out
 
@@ -170,6 +177,16 @@ class StepTracer(TorchDispatchMode):
         live.died, live.freed_in = self._instant, self.phase
         self._instant += 1
         self.allocated_bytes -= live.size_bytes
+
+    def _allocate_briefly(self, transients: list[Transient], outputs_made: int, layer: str) -> None:
+        for transient in transients:
+            if transient.outputs_made == outputs_made and transient.size_bytes:
+                born = self._instant
+                self._lives.append(
+                    _Live(transient.size_bytes, born, self.phase, layer, born + 1, self.phase, Category.WORKSPACE)
+                )
+                self._instant += 2
+                self.peak_bytes = max(self.peak_bytes, self.allocated_bytes + transient.size_bytes)
 
     def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any, layer: str) -> None:
         packet = func.overloadpacket
