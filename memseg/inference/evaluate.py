@@ -13,8 +13,7 @@ import torch
 
 from memseg.data import IGNORE_INDEX, SegmentationDataset
 from memseg.errors import DataError, InputError
-from memseg.inference.labelling import Framing, label_image
-from memseg.models import SegmentedModel
+from memseg.inference.labelling import Framing, Network, label_image
 from memseg.training.metrics import ConfusionMatrix
 
 Progress = Callable[[int, int], None]
@@ -38,7 +37,7 @@ class EvalResult:
 
 
 def evaluate(
-    model: SegmentedModel,
+    model: Network,
     dataset: SegmentationDataset,
     *,
     device: torch.device | str = "cpu",

@@ -6,20 +6,50 @@ when the picture was resized. Here the logits stay at the network's output resol
 interpolation, done for a band of rows at a time, of which only the strongest class is kept.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from memseg.data import IGNORE_INDEX, Fit, pad_to_multiple, to_tensor
 from memseg.data.dataset import Pixels
 from memseg.data.transforms import Region
 from memseg.errors import InputError
-from memseg.models import SegmentedModel
 from memseg.nn.loss import bands, upsample_rows
 from memseg.training.recipe import DataConfig
+
+
+class Network(Protocol):
+    """What of a network is needed here: a SegmentedModel is one, a model in training on several cards another."""
+
+    @property
+    def output_stride(self) -> int:
+        """Input sides must be multiples of it."""
+
+    @property
+    def num_classes(self) -> int:
+        """Channels of the logits."""
+
+    training: bool
+
+    def to(self, device: torch.device) -> Self:
+        """Itself, on a device."""
+
+    def eval(self) -> Self:
+        """Itself, in eval mode."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Itself, in training mode or not."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of this process."""
+
+    def coarse_outputs(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Coarse logits of images (N, 3, H, W), the main ones first."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +82,7 @@ class Framing:
 
 
 @torch.inference_mode()
-def label_image(model: SegmentedModel, image: Pixels, *, framing: Framing, device: torch.device) -> Pixels:
+def label_image(model: Network, image: Pixels, *, framing: Framing, device: torch.device) -> Pixels:
     """The class of every pixel of a picture, uint8 (H, W); 255 outside the framing's region.
 
     A region at its own size is padded on the right and at the bottom, with the mean colour, to a multiple of the

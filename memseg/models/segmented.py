@@ -6,8 +6,9 @@ that cross its borders as inputs and outputs: that is what one card of a split m
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -63,8 +64,7 @@ class SegmentGraph(nn.Module):
             for read in set(reads):
                 if last_reader[read] == name and read not in self.outputs:
                     del alive[read]
-        # An input that is passed through needs a node of its own, so that a gradient can arrive for it.
-        return tuple(alive[name].view_as(alive[name]) if name in self.inputs else alive[name] for name in self.outputs)
+        return tuple(alive[name] for name in self.outputs)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...] | Tensor:
         """The outputs, in order."""
@@ -89,7 +89,7 @@ class SegmentGraph(nn.Module):
             if hasattr(self.segments[name], "recompute"):
                 self.segments[name].recompute = level  # type: ignore[assignment]
 
-    def stage(self, names: Sequence[str]) -> "SegmentGraph":
+    def stage(self, names: Sequence[str]) -> "Stage":
         """The consecutive segments `names` as a graph of their own that shares their modules.
 
         Its inputs are all tensors made before it and needed in or after it; its outputs all tensors needed after it.
@@ -112,7 +112,31 @@ class SegmentGraph(nn.Module):
         if stop == len(order):
             outputs = list(self.outputs)
         segments = [Segment(name, self.segments[name], self.reads[name]) for name in made_here]
-        return SegmentGraph(segments, inputs=inputs, outputs=outputs)
+        return Stage(segments, inputs=inputs, outputs=outputs)
+
+
+class Stage(SegmentGraph):
+    """Part of a model, with borders that tensors can cross: what comes out, and what gradients go back, is contiguous.
+
+    A tensor that is passed through gets a node of its own, so that a gradient can arrive for it.
+    """
+
+    def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs, in order, contiguous."""
+        outputs = super().run(*(_ContiguousGradient.apply(tensor) for tensor in inputs))
+        return tuple(tensor.contiguous() for tensor in outputs)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """The identity; the gradient that comes back through it is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
 
 
 class SegmentedModel(SegmentGraph):

@@ -5,7 +5,8 @@ second run happens inside `statistics_paused`.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -14,8 +15,16 @@ from torch.utils.checkpoint import checkpoint
 from memseg.nn.batch_norm import statistics_paused
 
 
-def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), statistics_paused()
+class _StatisticsPaused(ExitStack):
+    """`statistics_paused` that may be entered again: a retained graph is rebuilt in every backward."""
+
+    def __enter__(self) -> Self:
+        self.enter_context(statistics_paused())
+        return self
+
+
+def _contexts() -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
+    return nullcontext(), _StatisticsPaused()
 
 
 def recompute(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

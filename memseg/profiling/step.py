@@ -118,10 +118,13 @@ def know_parameters(tracer: StepTracer, graph: SegmentGraph) -> None:
 
 
 def create_optimizer_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Make an optimizer's state, as its first step would, and return its tensors."""
+    """Make an optimizer's state by a step with gradients of zero, and return its tensors.
+
+    The step changes parameters and counts as one; whoever wants neither restores both.
+    """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return [value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]

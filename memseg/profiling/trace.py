@@ -61,7 +61,7 @@ class _LayerSpans:
         return self.names[index] if index >= 0 else ""
 
 
-class StepTracer(TorchDispatchMode):
+class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records allocations and work while it is entered. Made for fake tensors; real ones work as well.
 
     Args:
@@ -70,7 +70,7 @@ class StepTracer(TorchDispatchMode):
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]] = (), *, device: str = "cpu") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self.phase = Phase.SETUP
         self.work: defaultdict[tuple[Phase, str], Work] = defaultdict(lambda: Work(0, 0))
@@ -115,7 +115,7 @@ class StepTracer(TorchDispatchMode):
     @staticmethod
     def key(tensor: Tensor) -> int:
         """What identifies a tensor's storage while it is alive."""
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
 
     def reset_peak(self) -> None:
         """Forget the peak so far."""

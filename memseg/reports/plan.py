@@ -30,11 +30,11 @@ def infeasible_text(error: NothingFitsError) -> str:
     number, of = error.stage_number, len(error.closest.stages)
     where = "the whole model" if of == 1 else f"stage {number} of {of}"
     lines = [
-        "no plan fits; the closest fails here:",
-        f"  {where} ({error.segments[0]} .. {error.segments[-1]}) on {error.card.name}, {error.moment}",
-        f"    needs {format_bytes(error.needed_bytes)}, has {format_bytes(error.available_bytes)}"
-        f" ({format_bytes(error.card.capacity_bytes)} - {format_bytes(error.card.reserve_bytes)} reserve):"
-        f" {format_bytes(error.shortfall_bytes)} short",
+        f"no plan fits; the closest is {format_bytes(error.shortfall_bytes)} short on {error.card.name}"
+        f" at {error.moment}",
+        f"  {where} ({error.segments[0]} .. {error.segments[-1]})"
+        f" needs {format_bytes(error.needed_bytes)}, has {format_bytes(error.available_bytes)}"
+        f" ({format_bytes(error.card.capacity_bytes)} - {format_bytes(error.card.reserve_bytes)} reserve)",
         f"    of these: {_by_size(error.by_category)}",
     ]
     if error.advice:

@@ -1,0 +1,77 @@
+"""memseg plan: what to place where, and what to rebuild, before anything runs."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from memseg.cli.console import add_command, wide_console
+from memseg.cli.planning import PlanRequest, add_cards_options
+from memseg.levels import NormMode
+from memseg.units import parse_image
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `plan` to the command line."""
+    parser = add_command(
+        subparsers,
+        "plan",
+        run,
+        summary="Predict each card's peak memory and find the fastest placement that fits.",
+        examples=(
+            "memseg plan ladder-densenet169 --image 1024x2048 --batch 2 --cards gtx1070,titanx",
+            "memseg plan ladder-densenet121 --image 1024x2048 --batch 2 --cards cpu:8GiB,cpu:12GiB -o plan.json",
+        ),
+    )
+    parser.add_argument("model", metavar="MODEL", help="name of a model; memseg models lists them")
+    parser.add_argument("--image", metavar="HxW", required=True, help="image size, HEIGHTxWIDTH")
+    parser.add_argument("--batch", type=positive_int, required=True, help="images per step")
+    parser.add_argument("--classes", type=positive_int, default=19, help="classes to tell apart (default: 19)")
+    parser.add_argument("--norm", choices=[mode.value for mode in NormMode], default=NormMode.BATCH.value)
+    add_cards_options(parser, required=True)
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan as JSON")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out `memseg plan`."""
+    from memseg.planning import NothingFitsError, infeasible_json, parse_cards, save_plan
+    from memseg.reports.plan import infeasible_text, plan_table
+
+    request = PlanRequest(
+        model=args.model,
+        num_classes=args.classes,
+        image=parse_image(args.image),
+        batch=args.batch,
+        norm=NormMode(args.norm),
+        precision="float32",
+        aux_weight=0.3,
+        cards=parse_cards(args.cards),
+        strategy=args.strategy or "auto",
+    )
+    try:
+        plan = request.plan()
+    except NothingFitsError as error:
+        if args.json:
+            print(infeasible_json(error))
+        print(f"memseg plan: {infeasible_text(error)}", file=sys.stderr)
+        return 2
+    if args.output:
+        save_plan(plan, args.output)
+    if args.json:
+        print(plan.to_json())
+        return 0
+    wide_console().print(plan_table(plan))
+    if args.output:
+        print(f"plan written to {args.output}")
+    return 0
+
+
+def positive_int(text: str) -> int:
+    """An argument that counts something."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return value

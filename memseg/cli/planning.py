@@ -1,0 +1,110 @@
+"""From what a user asks for to a Plan, for every command that needs one: profile the model, then plan."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from memseg.cli.console import progress_bar
+from memseg.errors import InputError
+from memseg.levels import NormMode
+from memseg.planning import Card, Change, ModelCosts, Plan, make_plan
+
+
+class PlanRequest:
+    """What is to be trained, and on what.
+
+    Args:
+        model: Name in the zoo.
+        num_classes: That it tells apart.
+        image: (height, width).
+        batch: Images per step.
+        norm: What batch norm normalises with.
+        precision: "float32" or "float64".
+        aux_weight: Of the objective.
+        cards: To train on, all of one kind.
+        strategy: "auto", "single" or "split".
+
+    Raises:
+        InputError: CUDA and CPU cards together.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        num_classes: int,
+        image: tuple[int, int],
+        batch: int,
+        norm: NormMode,
+        precision: str,
+        aux_weight: float,
+        cards: Sequence[Card],
+        strategy: str,
+    ) -> None:
+        kinds = sorted({card.kind for card in cards})
+        if len(kinds) > 1:
+            raise InputError(
+                f"cards must all be CUDA cards or all CPU cards, got {', '.join(card.name for card in cards)}"
+            )
+        self.model, self.num_classes, self.image, self.batch = model, num_classes, image, batch
+        self.norm, self.precision, self.aux_weight = norm, precision, aux_weight
+        self.cards, self.strategy, self._kind = cards, strategy, kinds[0]
+
+    def plan(self) -> Plan:
+        """The best plan, with progress on standard error.
+
+        Raises:
+            NothingFitsError: none fits; with what would.
+        """
+        return make_plan(
+            self._costs(),
+            self.cards,
+            strategy=self.strategy,  # type: ignore[arg-type]
+            changes=self._changes(),
+        )
+
+    def _costs(
+        self, *, batch: int | None = None, norm: NormMode | None = None, image: tuple[int, int] | None = None
+    ) -> ModelCosts:
+        import torch
+
+        from memseg.models import build_model
+        from memseg.profiling.costs import model_costs
+
+        norm = norm or self.norm
+        dtype = getattr(torch, self.precision)
+        with progress_bar("profiling segments") as progress:
+            return model_costs(
+                lambda: build_model(self.model, num_classes=self.num_classes, norm=norm).to(dtype),
+                image=image or self.image,
+                batch=batch or self.batch,
+                norm=norm,
+                aux_weight=self.aux_weight,
+                device=self._kind,
+                progress=progress,
+            )
+
+    def _changes(self) -> Iterator[Change]:
+        """Single changes of the request, tried one after the other when nothing fits."""
+        print("nothing fits; trying single changes", file=sys.stderr)
+        for batch in sorted({self.batch - 1, self.batch // 2} - {0}, reverse=True):
+            yield Change(f"batch {batch}", partial(self._costs, batch=batch))
+        if self.norm is not NormMode.FROZEN:
+            yield Change("norm frozen", partial(self._costs, norm=NormMode.FROZEN))
+        for part in (3, 2):
+            height, width = (max(64, side * part // 4 // 64 * 64) for side in self.image)
+            yield Change(f"image {height}x{width}", partial(self._costs, image=(height, width)))
+
+
+def add_cards_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """--cards and --strategy."""
+    parser.add_argument(
+        "--cards",
+        metavar="LIST",
+        required=required,
+        help='cards by name, with commas: "gtx1070,titanx", "cpu:8GiB,cpu:12GiB"; memseg cards lists them',
+    )
+    parser.add_argument(
+        "--strategy", choices=("auto", "single", "split"), default=None, help="force a strategy (default: the fastest)"
+    )

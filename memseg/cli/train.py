@@ -1,0 +1,204 @@
+"""memseg train: a recipe carried out on the cards of a plan."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memseg.cli.console import add_command, print_columns, print_json
+from memseg.cli.planning import PlanRequest, add_cards_options
+from memseg.errors import InputError, MemsegError
+from memseg.units import format_bytes
+
+if TYPE_CHECKING:
+    from memseg.planning import Plan
+    from memseg.training.recipe import Recipe
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Define the subcommand."""
+    parser = add_command(
+        subparsers,
+        "train",
+        run,
+        summary="Train a recipe on one process per card, as planned.",
+        examples=[
+            "memseg train streets_demo",
+            "memseg train ldn121_cityscapes --set data.root=/data/cityscapes --cards gtx1070,titanx",
+            "memseg train my.toml --set train.batch=4 --plan plan.json --out runs/mine",
+            "memseg train --resume runs/mine",
+        ],
+    )
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a .toml file, or a name memseg recipes lists")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="replace a value of the recipe, such as train.batch=4; may be given again",
+    )
+    add_cards_options(parser, required=False)
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan from memseg plan -o, instead of a new one")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run from its last checkpoint")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with the result")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, train, and print predicted beside measured peaks; 0.
+
+    Raises:
+        MemsegError: what stopped the run, in one line.
+    """
+    from memseg.training.checkpoint import CLASSES_FILE, checkpoint_folders, load_run, write_run
+    from memseg.training.recipe import load_recipe, override_recipe
+
+    if bool(args.recipe) == bool(args.resume):
+        raise InputError("give either a recipe to begin with, or --resume with the folder of a run")
+    if args.resume:
+        folder: Path = args.resume
+        recipe = override_recipe(load_run(folder)[0], args.overrides)
+    else:
+        recipe = load_recipe(args.recipe, args.overrides)
+        folder = args.out or Path("runs") / recipe.name
+        if checkpoint_folders(folder):
+            raise InputError(f"{folder} holds a run already; go on with --resume {folder}, or give another --out")
+    dataset = recipe.data.open("train")
+    if recipe.train.evaluate_every:
+        recipe.data.open("val")
+    _check(recipe, len(dataset))
+    fresh = not args.resume or args.plan or args.cards or args.strategy
+    if args.resume and not fresh:
+        plan = _stored_plan(folder, recipe, len(dataset.classes.names))
+    else:
+        plan = plan_for(recipe, len(dataset.classes.names), args.plan, args.cards, args.strategy)
+    if not args.resume or not (folder / CLASSES_FILE).exists() or args.overrides:
+        write_run(folder, recipe, dataset.classes)
+    result = train(folder, plan)
+    if args.json:
+        print_json(result)
+    else:
+        print_result(result, folder)
+    return 0
+
+
+def train(folder: Path, plan: "Plan") -> dict[str, Any]:
+    """Carry out the run that is described in a folder; what its processes found.
+
+    Raises:
+        MemsegError: what stopped it.
+        KeyboardInterrupt: the user did.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    from memseg.cli.worker import ERROR_FILE
+    from memseg.planning import save_plan
+    from memseg.running import launch
+    from memseg.training.checkpoint import PLAN_FILE, RESULT_FILE
+
+    save_plan(plan, folder / PLAN_FILE)
+    for name in (ERROR_FILE, RESULT_FILE):
+        (folder / name).unlink(missing_ok=True)
+    print(f"training on {', '.join(card.card for card in plan.cards)} in {folder}", file=sys.stderr)
+    try:
+        code = launch("memseg.cli.worker", [str(folder)], processes=len(plan.cards))
+    except (SignalException, KeyboardInterrupt):
+        print(f"memseg train: stopped; go on with memseg train --resume {folder}", file=sys.stderr)
+        raise KeyboardInterrupt from None
+    if code:
+        error = folder / ERROR_FILE
+        reason = error.read_text(encoding="utf-8") if error.exists() else f"a process ended with exit code {code}"
+        raise MemsegError(reason)
+    result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    return result
+
+
+def plan_for(
+    recipe: "Recipe", num_classes: int, plan_file: Path | None, cards: str | None, strategy: str | None
+) -> "Plan":
+    """The plan in a file, checked against the recipe, or a new one.
+
+    Raises:
+        PlanError: the file's plan was made for something else.
+        InputError: no cards are named.
+        NothingFitsError: no plan fits.
+    """
+    from memseg.planning import load_plan, parse_cards
+
+    if plan_file:
+        if cards or strategy:
+            raise InputError("--plan names cards and strategy already; leave out --cards and --strategy")
+        plan = load_plan(plan_file)
+        _check_plan(plan, recipe, num_classes)
+        return plan
+    names = cards or recipe.run.cards
+    if not names:
+        raise InputError(f"the recipe {recipe.name} names no cards; give --cards, for example --cards cpu:8GiB")
+    request = PlanRequest(
+        model=recipe.model.name,
+        num_classes=num_classes,
+        image=recipe.data.image,
+        batch=recipe.train.batch,
+        norm=recipe.model.norm,
+        precision=recipe.train.precision,
+        aux_weight=recipe.loss.aux_weight,
+        cards=parse_cards(names),
+        strategy=strategy or recipe.run.strategy,
+    )
+    return request.plan()
+
+
+def print_result(result: dict[str, Any], folder: Path) -> None:
+    """Predicted beside measured peaks, and where everything lies."""
+    rows: list[Sequence[str]] = [("card", "predicted peak", "measured peak", "difference")]
+    for card in result["cards"]:
+        predicted, measured = card["predicted_peak_bytes"], card["measured_peak_bytes"]
+        difference = f"{predicted / measured - 1:+.2%}" if measured else "not measured"
+        rows.append((card["card"], format_bytes(predicted), format_bytes(measured), difference))
+    print_columns(rows)
+    print(f"\n{result['steps']} steps, last loss {result['loss']:.4f}; everything lies in {folder}")
+
+
+def _check(recipe: "Recipe", images: int) -> None:
+    import torch
+
+    from memseg.models import build_model
+    from memseg.training.trainer import training_length
+
+    with torch.device("meta"):
+        build_model(recipe.model.name).check_image(recipe.data.image)
+    training_length(recipe, images)
+    weights = recipe.model.encoder_weights
+    if weights and not weights.is_file():
+        raise InputError(f"model.encoder_weights must name a file, there is none at {weights}")
+
+
+def _check_plan(plan: "Plan", recipe: "Recipe", num_classes: int) -> None:
+    import torch
+
+    from memseg.models import build_model
+    from memseg.planning import LOSS
+
+    with torch.device("meta"):
+        model = build_model(recipe.model.name)
+    plan.check_model(
+        recipe.model.name,
+        [*model.segments, LOSS],
+        num_classes=num_classes,
+        image=recipe.data.image,
+        batch=recipe.train.batch,
+        norm=recipe.model.norm,
+        precision=recipe.train.precision,
+    )
+
+
+def _stored_plan(folder: Path, recipe: "Recipe", num_classes: int) -> "Plan":
+    from memseg.planning import load_plan
+    from memseg.training.checkpoint import PLAN_FILE
+
+    plan = load_plan(folder / PLAN_FILE)
+    _check_plan(plan, recipe, num_classes)
+    return plan

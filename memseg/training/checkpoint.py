@@ -1,0 +1,176 @@
+"""The state of a run on disk, by parameter name: written by any number of processes, read by any other number.
+
+torch.distributed.checkpoint does the work: each process writes what it has, and a process that reads says what it
+wants. A checkpoint appears under its name in one rename, after every process has written and synced its part; a run
+that is killed while saving leaves a `.part` folder, and the checkpoint before it untouched.
+
+    RUN/checkpoints/step-00000150/   tensors `model.NAME` and `optimizer.NAME.exp_avg`, ..., and `step`
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from memseg.data import ClassList
+from memseg.errors import CheckpointError, MemsegError
+from memseg.models import SegmentedModel, build_model
+from memseg.training.recipe import Recipe, parse_recipe
+
+CHECKPOINTS_FOLDER = "checkpoints"
+RECIPE_FILE = "recipe.json"
+PLAN_FILE = "plan.json"
+CLASSES_FILE = "classes.json"
+RESULT_FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What a run has learnt so far."""
+
+    model: SegmentedModel
+    """In eval mode, on the CPU."""
+    recipe: Recipe
+    classes: ClassList
+    step: int
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folder = run / CHECKPOINTS_FOLDER
+    found = folder.iterdir() if folder.is_dir() else []
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name))
+
+
+def save_checkpoint(run: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
+    """Write a checkpoint; every process of the group calls it with its own part.
+
+    Args:
+        run: The run folder.
+        step: Steps done.
+        module: This process's part of the model.
+        optimizer: Of its parameters.
+        keep: How many of the newest checkpoints stay.
+
+    Raises:
+        OSError: the disk is full or cannot be written; earlier checkpoints are as they were.
+    """
+    final = run / CHECKPOINTS_FOLDER / f"step-{step:08d}"
+    part = final.with_name(f"{final.name}.part")
+    if dist.get_rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier()
+    state = _state(module, optimizer) | {"step": torch.tensor(step)}
+    try:
+        dcp_save(state, storage_writer=FileSystemWriter(part, sync_files=True))
+    except CheckpointException as error:
+        raise _disk_error(error, part) from None
+    if dist.get_rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        _sync_folder(final.parent)
+        for old in checkpoint_folders(run)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Fill this process's part of the model and its optimizer's state, which must exist; the steps done.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or was made by another model.
+    """
+    state = _state(module, optimizer) | {"step": torch.tensor(0)}
+    _load(state, folder, no_dist=False)
+    return int(state["step"])
+
+
+def load_trained(path: Path) -> TrainedModel:
+    """The newest checkpoint of a run folder, or a checkpoint folder, as a model that can be used.
+
+    Raises:
+        CheckpointError: there is no run, no checkpoint in it, or it is damaged.
+    """
+    run = path.parent.parent if path.parent.name == CHECKPOINTS_FOLDER else path
+    recipe, classes = load_run(run)
+    folders = [path] if run is not path else checkpoint_folders(run)
+    if not folders or not folders[-1].is_dir():
+        raise CheckpointError(f"{path}: holds no checkpoint yet; train it first: memseg train")
+    model = build_model(recipe.model.name, num_classes=len(classes.names), norm=recipe.model.norm)
+    model.to(getattr(torch, recipe.train.precision))
+    state: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state["step"] = torch.tensor(0)
+    _load(state, folders[-1], no_dist=True)
+    return TrainedModel(model.eval(), recipe, classes, int(state["step"]))
+
+
+def load_run(run: Path) -> tuple[Recipe, ClassList]:
+    """What a run folder says of its run.
+
+    Raises:
+        CheckpointError: it is not a run folder, or its files are damaged.
+    """
+    try:
+        recipe = parse_recipe(json.loads((run / RECIPE_FILE).read_text(encoding="utf-8")), str(run / RECIPE_FILE))
+        stored = json.loads((run / CLASSES_FILE).read_text(encoding="utf-8"))
+        return recipe, ClassList(tuple(stored["names"]), tuple((r, g, b) for r, g, b in stored["colours"]))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{run}: must be a run folder as memseg train makes it, {error.filename} is missing"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{run}: the run's description is damaged: {error}") from None
+
+
+def write_run(run: Path, recipe: Recipe, classes: ClassList) -> None:
+    """Describe a run in its folder, for workers, for resuming and for using what it learns."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
+    (run / CLASSES_FILE).write_text(json.dumps(asdict(classes), indent=2) + "\n", encoding="utf-8")
+
+
+def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in module.state_dict().items()}
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer.{name}.{key}"] = value
+    return state
+
+
+def _load(state: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
+    try:
+        dcp_load(state, storage_reader=FileSystemReader(folder), no_dist=no_dist)
+    except MemsegError:
+        raise
+    except (Exception, CheckpointException) as error:  # the second is no Exception
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise CheckpointError(
+            f"{folder}: the checkpoint is damaged or of another model ({reason[0]}); use an earlier one or train again"
+        ) from None
+
+
+def _disk_error(error: CheckpointException, part: Path) -> BaseException:
+    for failure, _ in error.failures.values():
+        if isinstance(failure, OSError):
+            return OSError(failure.errno, failure.strerror or str(failure), str(part))
+    return error
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

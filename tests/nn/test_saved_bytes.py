@@ -1,0 +1,117 @@
+"""Exact bytes: what stays allocated between forward and backward, counted by the allocator itself.
+
+float32, so 4 bytes a number. M is the pixels of all images; the input is there before and is not counted.
+"""
+
+import pytest
+import torch
+
+from memseg.levels import NormMode, Recompute
+from memseg.models.densenet import Stem
+from memseg.models.ladder import Context
+from memseg.nn import Blend, DenseBlock, NormReluConv, banded_cross_entropy
+from memseg.profiling.measure import watch_allocator
+
+FLOAT_BYTES = 4
+RANDOM_STATE_BYTES = torch.get_rng_state().nbytes
+"""What every `recompute` keeps, to draw the same random numbers again."""
+MARKER_BYTES = 2**28
+
+
+def kept_bytes(forward, *inputs):
+    """Bytes still allocated when `forward` is over, its output among them."""
+    with watch_allocator() as peak:
+        out = forward(*inputs)
+        # Far larger than anything before it, so that the peak is here. It is never touched: no memory is taken.
+        torch.empty(MARKER_BYTES, dtype=torch.uint8)
+    assert out.requires_grad
+    return peak.peak_bytes - MARKER_BYTES
+
+
+def dense_block(level, norm=NormMode.BATCH):
+    """3 layers on 8 channels, growing by 4 through bottlenecks of 16: the layers read 8, 12 and 16, and make 20."""
+    return DenseBlock(3, in_channels=8, growth_rate=4, norm=norm, recompute=level)
+
+
+M = 2 * 8 * 8
+BLOCK_INPUT = (2, 8, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("level", "norm", "features", "statistics"),
+    [
+        # Every layer keeps its normalised input, its bottleneck and that normalised; every concatenation is kept.
+        ("none", "batch", (8 + 12 + 16) + 3 * (16 + 16) + (12 + 16 + 20), 2 * (8 + 12 + 16) + 3 * 2 * 16),
+        # The buffer and the bottlenecks. Mean and variance of a channel once, those of a bottleneck for each layer.
+        ("norms", "batch", 20 + 3 * 16, 2 * 20 + 3 * 2 * 16),
+        ("units", "batch", 20, 2 * 20 + 3 * 2 * 16),
+        # The buffer is the output; it lives as long as the block's reader wants it.
+        ("segment", "batch", 20, 0),
+        ("norms", "frozen", 20 + 3 * 16, 0),
+        ("units", "frozen", 20, 0),
+        ("segment", "frozen", 20, 0),
+    ],
+)
+def test_a_dense_block_keeps(level, norm, features, statistics):
+    block = dense_block(Recompute(level), NormMode(norm))
+    kept = kept_bytes(block, torch.randn(BLOCK_INPUT, requires_grad=True))
+    random_state = RANDOM_STATE_BYTES if level == "segment" else 0
+    assert kept == FLOAT_BYTES * (features * M + statistics) + random_state
+
+
+@pytest.mark.parametrize(
+    ("build", "shapes", "numbers"),
+    [
+        pytest.param(lambda: NormReluConv(6, 4, kernel_size=1), [(2, 6, 8, 8)], 4 * M + 2 * 6, id="1x1"),
+        pytest.param(lambda: NormReluConv(6, 4, kernel_size=3), [(2, 6, 8, 8)], 4 * M + 2 * 6, id="3x3"),
+        pytest.param(
+            lambda: NormReluConv(6, 4, kernel_size=1, pool=True), [(2, 6, 8, 8)], 4 * M // 4 + 2 * 6, id="transition"
+        ),
+        # Neither the upsampled map nor the joined one.
+        pytest.param(lambda: Blend(3, 5, 4), [(2, 3, 4, 4), (2, 5, 8, 8)], 4 * M + 2 * (3 + 5), id="blend"),
+        # The bottleneck of 7 channels is what the second unit reads.
+        pytest.param(
+            lambda: Context(6, 7, 4, norm=NormMode.BATCH), [(2, 6, 8, 8)], (7 + 4) * M + 2 * (6 + 7), id="context"
+        ),
+    ],
+)
+def test_at_units_a_unit_keeps_its_output_and_the_statistics_of_its_norm(build, shapes, numbers):
+    module = build()
+    module.recompute = Recompute.UNITS
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    assert kept_bytes(module, *inputs) == FLOAT_BYTES * numbers
+
+
+@pytest.mark.parametrize(
+    ("level", "build", "shape", "numbers"),
+    [
+        pytest.param("segment", lambda: Context(6, 7, 4, norm=NormMode.BATCH), (2, 6, 8, 8), 4 * M, id="context"),
+        pytest.param("units", lambda: Stem(4, norm=NormMode.BATCH), (2, 3, 32, 32), 4 * M, id="stem"),
+        # What the stem's convolution makes lies at half the images' side, its output at a quarter.
+        pytest.param("norms", lambda: Stem(4, norm=NormMode.BATCH), (2, 3, 32, 32), 4 * 4 * M + 4 * M, id="stem norms"),
+    ],
+)
+def test_what_is_rebuilt_whole_keeps_its_output_and_the_random_state(level, build, shape, numbers):
+    module = build()
+    module.recompute = Recompute(level)
+    kept = kept_bytes(module, torch.randn(shape, requires_grad=True))
+    assert kept == FLOAT_BYTES * numbers + RANDOM_STATE_BYTES
+
+
+def test_the_loss_keeps_the_coarse_gradient_and_nothing_of_full_size():
+    logits = torch.randn(2, 5, 8, 8, requires_grad=True)
+    target = torch.randint(5, (2, 64, 64), dtype=torch.uint8)
+    assert kept_bytes(banded_cross_entropy, logits, target) == FLOAT_BYTES * (5 * M + 1)
+
+
+def test_each_level_of_a_dense_block_peaks_lower_than_the_one_before_and_units_below_half_of_none():
+    x = torch.randn(2, 64, 32, 64, requires_grad=True)
+    peaks = []
+    for level in (Recompute.NONE, Recompute.NORMS, Recompute.UNITS):
+        block = DenseBlock(6, in_channels=64, growth_rate=32, recompute=level)
+        with watch_allocator() as peak:
+            block(x).sum().backward()
+        peaks.append(peak.peak_bytes)
+    none, norms, units = peaks
+    assert none > norms > units
+    assert units < none / 2
