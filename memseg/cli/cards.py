@@ -1,12 +1,14 @@
 """`memseg cards`: the cards that plans and profiles can be made for, and where their figures come from."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memseg.cli.console import add_command, print_columns, print_json
 from memseg.errors import InputError
-from memseg.planning.cards import Card, known_cards, parse_cards
 from memseg.units import format_bytes
+
+if TYPE_CHECKING:
+    from memseg.planning import Card
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
         UnknownNameError: no such card.
         InputError: more than one named.
     """
+    from memseg.planning import known_cards, parse_cards
+
     if args.card is None:
         cards = known_cards()
     else:
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(cards: tuple[Card, ...]) -> None:
+def _print_table(cards: "tuple[Card, ...]") -> None:
     header = ("card", "capacity", "reserve", "available", "float32", "bandwidth", "capability", "title")
     rows = [
         (
@@ -62,7 +66,7 @@ def _print_table(cards: tuple[Card, ...]) -> None:
     print_columns([header, *rows])
 
 
-def _print_card(card: Card) -> None:
+def _print_card(card: "Card") -> None:
     figures = {
         "capacity": format_bytes(card.capacity_bytes),
         "reserve": format_bytes(card.reserve_bytes),
@@ -77,7 +81,7 @@ def _print_card(card: Card) -> None:
     print_columns([(name, value, card.sources[name]) for name, value in figures.items() if name in card.sources])
 
 
-def _card_object(card: Card) -> dict[str, Any]:
+def _card_object(card: "Card") -> dict[str, Any]:
     return {
         "name": card.name,
         "title": card.title,

@@ -76,7 +76,7 @@ class PlanRequest:
         dtype = getattr(torch, self.precision)
         with progress_bar("profiling segments") as progress:
             return model_costs(
-                lambda: build_model(self.model, num_classes=self.num_classes, norm=norm).to(dtype),
+                lambda: build_model(self.model, num_classes=self.num_classes, norm=norm, dtype=dtype),
                 image=image or self.image,
                 batch=batch or self.batch,
                 norm=norm,

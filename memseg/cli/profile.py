@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from memseg.cli.console import add_command, print_json, wide_console
 from memseg.errors import InputError, MemsegError, UnknownNameError
 from memseg.levels import NormMode, Recompute
-from memseg.planning.cards import Card, parse_cards
 from memseg.units import format_bytes, parse_image
 
 if TYPE_CHECKING:
     from memseg.models import SegmentedModel
+    from memseg.planning import Card
     from memseg.reports.profile import ProfileReport
 
 MOST_CLASSES = 255
@@ -111,7 +111,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(profile_object(report, rows))
         return 0
-
     wide_console().print(profile_view(report, rows))
     return 0
 
@@ -146,14 +145,16 @@ def _parse_level(text: str) -> Recompute:
     return Recompute(text)
 
 
-def _parse_card(text: str | None) -> Card:
+def _parse_card(text: str | None) -> "Card":
+    from memseg.planning import parse_cards
+
     cards = parse_cards("cpu" if text is None else text)
     if len(cards) > 1:
         raise InputError(f"--card must name one card, got {text!r}; a step over several cards is for memseg plan")
     return cards[0]
 
 
-def _check(args: argparse.Namespace, card: Card) -> None:
+def _check(args: argparse.Namespace, card: "Card") -> None:
     """Refuse numbers that are too small or large, and options that exclude each other."""
     for name, most in (("batch", None), ("depth", None), ("classes", MOST_CLASSES)):
         value = getattr(args, name)

@@ -68,10 +68,11 @@ def _train(folder: Path, plan: Plan, card: CardPlan, rank: int) -> None:
     with ExitStack() as measuring, progress:
         peak = measuring.enter_context(watch_allocator(device))
         torch.manual_seed(recipe.train.seed)
-        model = build_model(recipe.model.name, num_classes=len(classes.names), norm=recipe.model.norm)
+        dtype = getattr(torch, recipe.train.precision)
+        model = build_model(recipe.model.name, num_classes=len(classes.names), norm=recipe.model.norm, dtype=dtype)
         if recipe.model.encoder_weights:
             load_encoder_file(model, recipe.model.encoder_weights)
-        model.to(device, getattr(torch, recipe.train.precision))
+        model.to(device)
         encoder = model.encoder
         runner = _runner(model, plan, recipe, device)
         del model

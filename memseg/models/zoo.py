@@ -52,8 +52,16 @@ def model_names() -> tuple[str, ...]:
     return tuple(_ZOO)
 
 
-def build_model(name: str, *, num_classes: int = 19, norm: NormMode = NormMode.BATCH) -> SegmentedModel:
+def build_model(
+    name: str, *, num_classes: int = 19, norm: NormMode = NormMode.BATCH, dtype: torch.dtype = torch.float32
+) -> SegmentedModel:
     """A new model with random weights, on torch's default device.
+
+    Args:
+        name: One of `model_names()`.
+        num_classes: Channels of its logits.
+        norm: Mode of all its norms.
+        dtype: Of its parameters and buffers.
 
     Raises:
         UnknownNameError: there is no model of that name.
@@ -61,14 +69,20 @@ def build_model(name: str, *, num_classes: int = 19, norm: NormMode = NormMode.B
     if name not in _ZOO:
         raise UnknownNameError("model", name, _ZOO)
     entry = _ZOO[name]
-    return ladder_densenet(
-        name,
-        entry.config,
-        num_classes=num_classes,
-        width=entry.width,
-        context_width=entry.context_width,
-        norm=norm,
-    )
+    # Not `.to(dtype)` afterwards: fake parameters, which profiling builds with, cannot be converted in place.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return ladder_densenet(
+            name,
+            entry.config,
+            num_classes=num_classes,
+            width=entry.width,
+            context_width=entry.context_width,
+            norm=norm,
+        )
+    finally:
+        torch.set_default_dtype(before)
 
 
 @cache

@@ -236,10 +236,12 @@ class Stage:
     def _tensor(self, position: int, *, held: bool, before: int) -> list[Term]:
         """The output of a segment of this stage, if it is alive: `held` anyway, or saved by a segment below `before`.
 
-        A tensor that leaves, or that nobody reads (the result of the step), is held until all backward is over.
+        A tensor that leaves, or that nobody reads (the result of the step), is held until all backward is over. What
+        leaves is a contiguous copy, beside which the tensor itself may be saved.
         """
         maker = self.costs.segments[position]
-        if held or maker in self.leaving or not self._readers[maker.name]:
+        leaves = maker in self.leaving
+        if not leaves and (held or not self._readers[maker.name]):
             return [Term(maker.output_bytes, Category.ACTIVATION)]
         picks: set[Pick] = set()
         if position < before:
@@ -249,7 +251,12 @@ class Stage:
             place = segment.reads.index(maker.name)
             if reader < before:
                 picks |= {(reader, number) for number, level in enumerate(segment.levels) if level.saves_inputs[place]}
-        return [Term(maker.output_bytes, Category.ACTIVATION, frozenset(picks))] if picks else []
+        saved = [Term(maker.output_bytes, Category.ACTIVATION, frozenset(picks))] if picks else []
+        if not leaves:
+            return saved
+        copy = Term(maker.output_bytes, Category.ACTIVATION)
+        # Recomputing segments keep channels first in memory, which only for a single image is how a tensor crosses.
+        return [copy, *saved] if self.costs.batch > 1 else [copy]
 
     def _local_readers(self, name: str) -> list[int]:
         return [reader for reader in self._readers[name] if reader in self.positions]

@@ -235,6 +235,8 @@ def _placement_problems(strategy: str, cards: Sequence[CardPlan]) -> list[str]:
     ]
     if names[-1] != LOSS:
         problems.append(f'the last segment must be "{LOSS}", got "{names[-1]}"')
+    if len(cards[-1].segments) == 1:
+        problems.append(f"{cards[-1].card}: the loss must share a card with the segment before it")
     if (strategy == "single") != (len(cards) == 1):
         problems.append(f"strategy {strategy} cannot have {len(cards)} card{'s' if len(cards) != 1 else ''}")
     for card in cards:

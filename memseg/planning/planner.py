@@ -48,9 +48,9 @@ def _check(costs: ModelCosts, cards: Sequence[Card], strategy: str) -> None:
         raise InputError("a plan needs at least one card; try cpu:8GiB")
     if strategy == "split" and len(cards) < 2:
         raise InputError(f"a split needs at least two cards, got {cards[0].name}; name it twice if there are two of it")
-    if strategy != "single" and len(cards) > len(costs.segments):
+    if strategy != "single" and len(cards) > len(costs.segments) - 1:
         raise InputError(
-            f"a split needs a segment for each card: {costs.model} has {len(costs.segments)}, got {len(cards)}"
+            f"a split needs a segment for each card: {costs.model} has {len(costs.segments) - 1}, got {len(cards)}"
         )
     if strategy != "single" and num_orders(cards) > MOST_ORDERS:
         raise InputError(

@@ -143,7 +143,13 @@ class Placer:
     def _fastest_choice(self, first: int, last: int, card: Card) -> StageChoice | None:
         return self._solver(first, last).fastest(card)
 
+    def _is_bare_loss(self, first: int, last: int) -> bool:
+        """Is the stage nothing but the loss? That is not a stage: the loss is taken where the last logits are made."""
+        return first == last == self._num_segments - 1
+
     def _fastest_seconds(self, first: int, last: int, card: Card) -> float:
+        if self._is_bare_loss(first, last):
+            return math.inf
         stages = self.costs.segments[first : last + 1]
         return sum(min(card.seconds(level.work) for level in segment.levels) for segment in stages)
 
@@ -152,6 +158,8 @@ class Placer:
         return PlacedStage(card, self._solver(first, last).stage, choice).seconds if choice else math.inf
 
     def _least_shortfall(self, first: int, last: int, card: Card) -> float:
+        if self._is_bare_loss(first, last):
+            return math.inf
         return self._solver(first, last).least_bytes - card.available_bytes
 
     def _stage_shortfall(self, first: int, last: int, card: Card) -> float:

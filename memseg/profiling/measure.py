@@ -5,6 +5,7 @@ and free; adding them up in order gives the allocator's exact count. Memory that
 back (oneDNN's scratch, the heap's slack) is not in it.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -42,6 +43,8 @@ def watch_allocator(device: torch.device | None = None) -> Iterator[AllocatorPea
         yield peak
         peak.peak_bytes = torch.cuda.max_memory_allocated(device) - before
         return
+    # The profiler's library would tell of its start, and of an absent GPU, on standard error; it asks at its first use.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as watched:
         yield peak
     results = watched.profiler.kineto_results if watched.profiler else None

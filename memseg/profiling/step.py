@@ -56,7 +56,7 @@ class StepProfile:
         rows = self.timeline.layers(shown)
         forward, backward = (gather(self.work, phase, shown) for phase in (Phase.FORWARD, Phase.BACKWARD))
         profiles = [LayerProfile(row, forward[row.name], backward[row.name]) for row in rows]
-        return [one for one in profiles if one.row.name not in inner or one.row.saved_bytes or one.backward.flops]
+        return [one for one in profiles if one.row.name not in inner or one.forward + one.backward != Work(0, 0)]
 
 
 def gather(work: Mapping[tuple[Phase, str], Work], phase: Phase, names: Iterable[str]) -> dict[str, Work]:
@@ -99,9 +99,9 @@ def profile_step(
         model.check_image(image)
         model.set_recompute(recompute)
         objective = Objective(aux_weight)
-        tracer = _trace(model, objective, optimizer, image=image, batch=batch, device=device)
+        timeline, work = _trace(model, objective, optimizer, image=image, batch=batch, device=device)
         names = tuple(name for name, _ in [*named_layers(model), (LOSS, objective)])
-        return StepProfile(model.name, image, batch, tracer.timeline(), tracer.work, names)
+        return StepProfile(model.name, image, batch, timeline, work, names)
 
 
 def named_layers(graph: SegmentGraph) -> list[tuple[str, nn.Module]]:
@@ -138,7 +138,8 @@ def _trace(
     image: tuple[int, int],
     batch: int,
     device: str,
-) -> StepTracer:
+) -> tuple[Timeline, Mapping[tuple[Phase, str], Work]]:
+    """The timeline is taken here, while what outlives the step is still alive."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(parameters)
     images = torch.empty(batch, 3, *image, dtype=parameters[0].dtype)
@@ -152,4 +153,4 @@ def _trace(
     for name, module in named_layers(model):
         own = [parameter.grad for parameter in module.parameters(recurse=False) if parameter.grad is not None]
         tracer.know(own, Category.GRADIENT, name)
-    return tracer
+    return tracer.timeline(), dict(tracer.work)

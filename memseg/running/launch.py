@@ -22,6 +22,8 @@ def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
         0, or the exit code of the process that failed first.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    # torch's profiler, which counts a CPU card's allocations, would log its progress.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     options = ["--standalone", f"--nproc-per-node={processes}", "--module", module, *arguments]
     # Our processes say themselves what went wrong; the agent's account of it would drown their line.
     elastic = logging.getLogger("torch.distributed.elastic")

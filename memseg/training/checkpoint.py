@@ -108,8 +108,8 @@ def load_trained(path: Path) -> TrainedModel:
     folders = [path] if run is not path else checkpoint_folders(run)
     if not folders or not folders[-1].is_dir():
         raise CheckpointError(f"{path}: holds no checkpoint yet; train it first: memseg train")
-    model = build_model(recipe.model.name, num_classes=len(classes.names), norm=recipe.model.norm)
-    model.to(getattr(torch, recipe.train.precision))
+    dtype = getattr(torch, recipe.train.precision)
+    model = build_model(recipe.model.name, num_classes=len(classes.names), norm=recipe.model.norm, dtype=dtype)
     state: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     state["step"] = torch.tensor(0)
     _load(state, folders[-1], no_dist=True)

@@ -1,0 +1,55 @@
+"""How a benchmark tells its result: where it was measured, then a line for each row, or one JSON object."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torchvision
+
+Row = Mapping[str, str | int | float]
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures depend on, but for the software."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """The software that the figures depend on."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+
+
+def tell(rows: Sequence[Row], *, as_json: bool) -> None:
+    """Print rows that all have the same keys, with the machine and the versions."""
+    if as_json:
+        print(json.dumps({"machine": machine(), "versions": versions(), "rows": rows}))
+        return
+    print(", ".join(f"{name} {value}" for name, value in {**machine(), **versions()}.items()))
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for first, *others in cells:
+        aligned = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        print("  ".join([first.ljust(widths[0]), *aligned]))
+
+
+def _cell(value: str | int | float) -> str:
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if isinstance(value, float) else value
+
+
+def _processor() -> str:
+    """The CPU's name where the system tells it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
