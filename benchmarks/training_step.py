@@ -4,6 +4,8 @@
 
 Every level runs in a process of its own. Time is the median of several steps after one to warm up; peak bytes are the
 allocator's own count, taken in further steps, because counting slows them down. Ratios are to level `none`.
+Where other programs compute beside it, set OMP_WAIT_POLICY=passive: threads that spin while they wait for a core that
+is taken can make a step ten times longer.
 """
 
 import argparse

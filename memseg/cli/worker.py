@@ -52,9 +52,11 @@ def main() -> int:
         return 130
     except Exception as error:
         message = _in_one_line(error, card)
-        if message is None:
+        if message is None and not (folder / ERROR_FILE).exists():
             raise
-        _leave_error(folder, message)
+        # Where another process has said why already, this one has only lost its peer.
+        if message is not None:
+            _leave_error(folder, message)
         return 2
     return 0
 

@@ -63,6 +63,8 @@ class LevelCost:
     """Must the output live until this segment's backward?"""
     forward_peak_bytes: int
     backward_peak_bytes: int
+    backward_peak_held_bytes: int
+    """The same where the gradient of its output came from another card, in a buffer that is not freed on the way."""
     forward: Work
     backward: Work
     """Includes what is rebuilt."""

@@ -213,8 +213,13 @@ class Stage:
             for maker in (*self.entering, *self.costs.segments[self.first : position + 1])
             if maker.output_needs_grad and self._gradient_made(maker, position)
         ]
+        held = segment in self.leaving and segment.output_needs_grad and not self._local_readers(segment.name)
         terms += [
-            Term(level.backward_peak_bytes, Category.TEMPORARY, frozenset({(position, number)}))
+            Term(
+                level.backward_peak_held_bytes if held else level.backward_peak_bytes,
+                Category.TEMPORARY,
+                frozenset({(position, number)}),
+            )
             for number, level in enumerate(segment.levels)
         ]
         return Moment("backward", segment.name, tuple(terms))

@@ -10,7 +10,7 @@ the plain network for level `none`, as in the recomputing one for all others.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from memseg.models.objective import Objective
 from memseg.models.segmented import IMAGES, SegmentedModel
 from memseg.planning.costs import LOSS, TARGET, LevelCost, ModelCosts, SegmentCost, Work
 from memseg.profiling.step import OptimizerFactory, create_optimizer_state, fused_adam
-from memseg.profiling.timeline import Category, Phase
+from memseg.profiling.timeline import Category, Phase, Timeline
 from memseg.profiling.trace import StepTracer
 
 
@@ -177,6 +177,7 @@ def _level_cost(level: Recompute, module: nn.Module, reads: list[_Layout], out: 
         tracer.reset_peak()
         root.backward()
         backward_peak = tracer.peak_bytes - kept - _size_bytes(out)
+        held_peak = _peak_beside_gradient(tracer.timeline()) - kept
     return LevelCost(
         recompute=level,
         saved_bytes=saved_bytes,
@@ -184,9 +185,17 @@ def _level_cost(level: Recompute, module: nn.Module, reads: list[_Layout], out: 
         saves_output=saves_output,
         forward_peak_bytes=forward_peak,
         backward_peak_bytes=max(0, backward_peak),
+        backward_peak_held_bytes=max(0, held_peak),
         forward=_total(tracer, Phase.FORWARD),
         backward=_total(tracer, Phase.BACKWARD),
     )
+
+
+def _peak_beside_gradient(timeline: Timeline) -> int:
+    """The most that is allocated during backward, without the gradient of the output: the first that backward makes."""
+    gradient = next(one for one in timeline.allocations if one.phase is Phase.BACKWARD)
+    rest = replace(timeline, allocations=tuple(one for one in timeline.allocations if one is not gradient))
+    return max(rest.curve[timeline.backward_start :], default=0)
 
 
 def _total(tracer: StepTracer, phase: Phase) -> Work:

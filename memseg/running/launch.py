@@ -8,6 +8,25 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import get_args_parser, run
 
 
+_MMAP_THRESHOLD_BYTES = 4 * 2**20
+"""Tensors from here on get pages of their own, which go back to the system when they are freed. By default the heap
+keeps what was freed, up to 32 MiB apiece: measured, 2.9 GiB of slack after a step whose peak was 3.2 GiB."""
+
+
+def _environment() -> dict[str, str]:
+    """What our processes get unless the user has set it: it must be there before they start."""
+    return {
+        "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+        # Threads that wait for each other by spinning starve the other processes of the same cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "MALLOC_MMAP_THRESHOLD_": str(_MMAP_THRESHOLD_BYTES),
+        # Fresh pages of 2 MiB where the system gives them: 512 times fewer page faults.
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        # torch's profiler, which counts a CPU card's allocations, would log its progress.
+        "KINETO_LOG_LEVEL": "99",
+    }
+
+
 def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
     """Run `python -m module *arguments` once per rank on this machine and wait for all of them.
 
@@ -21,9 +40,8 @@ def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
     Returns:
         0, or the exit code of the process that failed first.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    # torch's profiler, which counts a CPU card's allocations, would log its progress.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    for name, value in _environment().items():
+        os.environ.setdefault(name, value)
     options = ["--standalone", f"--nproc-per-node={processes}", "--module", module, *arguments]
     # Our processes say themselves what went wrong; the agent's account of it would drown their line.
     elastic = logging.getLogger("torch.distributed.elastic")

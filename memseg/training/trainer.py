@@ -180,10 +180,9 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._optimizer.zero_grad(set_to_none=True)
-        images, target = batch.get("image"), batch.get("target")
-        # A copy even on the CPU: the batch lies in the card's memory, not in that of the process that decoded it.
-        images = images.to(self._device, self._dtype, copy=True) if images is not None else None
-        target = target.to(self._device, copy=True) if target is not None else None
+        # Popped, so that where these are copies the batch itself is free during the step.
+        images = batch.pop("image").to(self._device, self._dtype) if "image" in batch else None
+        target = batch.pop("target").to(self._device) if "target" in batch else None
         loss = self._runner.step(images, target)
         if loss is not None and not math.isfinite(loss.item()):
             raise MemsegError(

@@ -19,7 +19,7 @@ def level(
     backward: int = 0,
     flops: int = 1,
 ) -> LevelCost:
-    return LevelCost(recompute, saved, inputs, output, forward, backward, Work(flops, 0), Work(2 * flops, 0))
+    return LevelCost(recompute, saved, inputs, output, forward, backward, backward, Work(flops, 0), Work(2 * flops, 0))
 
 
 def segment(name: str, reads: tuple[str, ...], *levels: LevelCost, output: int = 0, **sizes: int) -> SegmentCost:
@@ -56,6 +56,7 @@ def random_model(generator: random.Random, num_segments: int, num_levels: int, l
                 saves_output=generator.random() < 0.3,
                 forward_peak_bytes=size(),
                 backward_peak_bytes=size(),
+                backward_peak_held_bytes=size(),
                 forward=Work(generator.randint(1, 30), generator.randint(0, 30)),
                 backward=Work(generator.randint(1, 60), 0),
             )

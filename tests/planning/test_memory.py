@@ -133,7 +133,11 @@ def replay(costs: ModelCosts, first: int, last: int, levels: tuple[int, ...]) ->
     held: dict[str, set[object]] = {}
 
     def alive() -> int:
-        return sum(output[name] for name, holders in held.items() if holders)
+        """What leaves is held twice where it is saved too: as the contiguous copy that crosses, and as it was made."""
+        copies = {
+            name: 1 + (len(holders) > 1 and costs.batch > 1) for name, holders in held.items() if "caller" in holders
+        }
+        return sum(output[name] * copies.get(name, 1) for name, holders in held.items() if holders)
 
     for p, cost in chosen.items():
         peak = max(peak, fixed + saved + alive() + cost.forward_peak_bytes)
@@ -142,6 +146,9 @@ def replay(costs: ModelCosts, first: int, last: int, levels: tuple[int, ...]) ->
         held[name] = {("reads", r) for r in readers[name] if r <= last}
         held[name] |= {("saves", p)} if cost.saves_output else set()
         held[name] |= {"caller"} if name in leaving or not readers[name] else set()
+        if name in leaving:
+            savers = {r for r in readers[name] if r in chosen and chosen[r].saves_inputs[segments[r].reads.index(name)]}
+            held[name] = {"caller"} | {("saves", r) for r in savers} | ({("saves", p)} if cost.saves_output else set())
         for place, read in enumerate(segments[p].reads):
             if read in held:
                 held[read] -= {("reads", p)}
@@ -149,9 +156,10 @@ def replay(costs: ModelCosts, first: int, last: int, levels: tuple[int, ...]) ->
 
     made = {name for name in entering if needs_grad[name] and not any(p in chosen for p in readers[name])}
     for p in reversed(chosen):
-        peak = max(
-            peak, fixed + saved + alive() + gradients + sum(output[n] for n in made) + chosen[p].backward_peak_bytes
-        )
+        own = segments[p].name
+        received = own in leaving and needs_grad[own] and not any(r in chosen for r in readers[own])
+        working = chosen[p].backward_peak_held_bytes if received else chosen[p].backward_peak_bytes
+        peak = max(peak, fixed + saved + alive() + gradients + sum(output[n] for n in made) + working)
         saved -= chosen[p].saved_bytes
         gradients += segments[p].gradient_bytes
         for holders in held.values():
