@@ -6,9 +6,13 @@ BIN := $(VENV)/bin
 TORCH := torch==2.14.1 torchvision==0.29.1
 STAMP := $(VENV)/.installed
 
+# Threads that spin while they wait starve each other on a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test lint clean
 
 demo: $(STAMP)
+	rm -rf demo
 	$(BIN)/python -m memseg.cli.main demo --out demo
 
 test: $(STAMP) lint

@@ -1,8 +1,12 @@
 """What several folders of tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Before torch is loaded: threads that spin while they wait starve each other on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")

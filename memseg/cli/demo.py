@@ -13,7 +13,7 @@ _MODEL = "ladder-densenet169"
 _IMAGE = (1024, 2048)
 _BATCH = 2
 _CARDS = "gtx1070,titanx"
-_CPU_CARDS = "cpu:1GiB,cpu:2GiB"
+_CPU_CARDS = "cpu:640MiB,cpu:704MiB"
 _PICTURES = 4
 
 
@@ -71,13 +71,15 @@ def _plan_and_profile(out: Path) -> None:
         precision="float32",
         aux_weight=0.3,
         cards=cards,
-        strategy="auto",
     )
-    plan = request.plan()
+    plan = request.plan("split")
     save_plan(plan, out / "plan.json")
     console = wide_console()
+    print("Split over both cards:\n")
     console.print(plan_table(plan))
-    print("\nThe same levels on one card, layer by layer:\n")
+    print("\nWhat memseg predicts to be fastest:\n")
+    console.print(plan_table(request.plan()))
+    print("\nOne step with the levels of the split, layer by layer:\n")
     levels = {
         segment.name: segment.recompute for card in plan.cards for segment in card.segments if segment.name != LOSS
     }

@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "train",
     "eval": "evaluate",
     "predict": "predict",
+    "curves": "curves",
     "demo": "demo",
 }
 """Module in this folder that defines each subcommand, in the order of the help."""

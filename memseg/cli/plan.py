@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 from memseg.cli.console import add_command, wide_console
@@ -46,10 +47,9 @@ def run(args: argparse.Namespace) -> int:
         precision="float32",
         aux_weight=0.3,
         cards=parse_cards(args.cards),
-        strategy=args.strategy or "auto",
     )
     try:
-        plan = request.plan()
+        plan = request.plan(args.strategy or "auto")
     except NothingFitsError as error:
         if args.json:
             print(infeasible_json(error))
@@ -61,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
         print(plan.to_json())
         return 0
     wide_console().print(plan_table(plan))
+    idle = Counter(card.name for card in request.cards) - Counter(card.card for card in plan.cards)
+    if idle:
+        print(f"not used: {', '.join(idle.elements())}; --strategy split uses every card")
     if args.output:
         print(f"plan written to {args.output}")
     return 0

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 from memseg.cli.console import progress_bar
 from memseg.errors import InputError
@@ -23,7 +23,6 @@ class PlanRequest:
         precision: "float32" or "float64".
         aux_weight: Of the objective.
         cards: To train on, all of one kind.
-        strategy: "auto", "single" or "split".
 
     Raises:
         InputError: CUDA and CPU cards together.
@@ -40,7 +39,6 @@ class PlanRequest:
         precision: str,
         aux_weight: float,
         cards: Sequence[Card],
-        strategy: str,
     ) -> None:
         kinds = sorted({card.kind for card in cards})
         if len(kinds) > 1:
@@ -49,20 +47,27 @@ class PlanRequest:
             )
         self.model, self.num_classes, self.image, self.batch = model, num_classes, image, batch
         self.norm, self.precision, self.aux_weight = norm, precision, aux_weight
-        self.cards, self.strategy, self._kind = cards, strategy, kinds[0]
+        self.cards, self._kind = cards, kinds[0]
 
-    def plan(self) -> Plan:
+    def plan(self, strategy: str = "auto") -> Plan:
         """The best plan, with progress on standard error.
+
+        Args:
+            strategy: "auto", "single" or "split".
 
         Raises:
             NothingFitsError: none fits; with what would.
         """
         return make_plan(
-            self._costs(),
+            self._own_costs,
             self.cards,
-            strategy=self.strategy,  # type: ignore[arg-type]
+            strategy=strategy,  # type: ignore[arg-type]
             changes=self._changes(),
         )
+
+    @cached_property
+    def _own_costs(self) -> ModelCosts:
+        return self._costs()
 
     def _costs(
         self, *, batch: int | None = None, norm: NormMode | None = None, image: tuple[int, int] | None = None

@@ -146,9 +146,8 @@ def plan_for(
         precision=recipe.train.precision,
         aux_weight=recipe.loss.aux_weight,
         cards=parse_cards(names),
-        strategy=strategy or recipe.run.strategy,
     )
-    return request.plan()
+    return request.plan(strategy or recipe.run.strategy)
 
 
 def print_result(result: dict[str, Any], folder: Path) -> None:

@@ -103,14 +103,18 @@ def find_advice(
         if placement.fits:
             advice.append(f"{change.description} ({_need(placement)})")
     position = list(cards).index(tight)
-    larger = _smallest_fitting(
-        _larger_cards(tight), lambda card: closest(costs, [*cards[:position], card, *cards[position + 1 :]])
-    )
+
+    def with_other(card: Card) -> list[Card]:
+        return [*cards[:position], card, *cards[position + 1 :]]
+
+    candidates = [card for card in _larger_cards(tight) if num_orders(with_other(card)) <= MOST_ORDERS]
+    larger = _smallest_fitting(candidates, lambda card: closest(costs, with_other(card)))
     if larger:
         card, placement = larger
         advice.append(f"{card.name} in place of {tight.name} ({_need(placement)})")
-    if num_orders([*cards, tight]) <= MOST_ORDERS:
-        placement = closest(costs, [*cards, tight])
+    one_more = [*cards, tight]
+    if len(one_more) < len(costs.segments) and num_orders(one_more) <= MOST_ORDERS:
+        placement = closest(costs, one_more)
         if placement.fits:
             advice.append(f"one more {tight.name} ({_need(placement)})")
     return advice

@@ -7,6 +7,7 @@ of the model placed once and in order; and `Plan.check_model` compares it with w
 
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,7 +178,16 @@ class Plan(StrictModel):
             mine, theirs = next(pair for pair in places if pair[0] != pair[1])
             differences = [f"other segments: {mine} where the model has {theirs}"]
         if differences:
-            raise PlanError(f"the plan was made for {'; for '.join(differences)}; make a new one: memseg plan")
+            cards = ",".join(card.card for card in self.cards)
+            image_text, norm_text = _write_image(image), norm.value
+            command = [
+                "memseg", "plan", model, "--image", image_text, "--batch", str(batch), "--classes", str(num_classes),
+                "--norm", norm_text, "--cards", cards, "-o", "plan.json",
+            ]  # fmt: skip
+            raise PlanError(
+                f"the plan was made for {'; for '.join(differences)}; make a new one: {shlex.join(command)}, "
+                f"or train with --cards {shlex.quote(cards)} and no --plan"
+            )
 
 
 def load_plan(path: Path) -> Plan:
@@ -235,7 +245,7 @@ def _placement_problems(strategy: str, cards: Sequence[CardPlan]) -> list[str]:
     ]
     if names[-1] != LOSS:
         problems.append(f'the last segment must be "{LOSS}", got "{names[-1]}"')
-    if len(cards[-1].segments) == 1:
+    if len(cards) > 1 and [segment.name for segment in cards[-1].segments] == [LOSS]:
         problems.append(f"{cards[-1].card}: the loss must share a card with the segment before it")
     if (strategy == "single") != (len(cards) == 1):
         problems.append(f"strategy {strategy} cannot have {len(cards)} card{'s' if len(cards) != 1 else ''}")

@@ -28,7 +28,8 @@ def make_plan(
 
     Raises:
         NothingFitsError: no placement fits; with the closest one, and the changes that would mend it.
-        InputError: no cards, or a split over one card, over more cards than segments, or over too many different ones.
+        InputError: no cards, or a split over one card, over more cards than segments beside the loss, or over too many
+            different ones.
     """
     _check(costs, cards, strategy)
     placer = Placer(costs)
@@ -50,7 +51,8 @@ def _check(costs: ModelCosts, cards: Sequence[Card], strategy: str) -> None:
         raise InputError(f"a split needs at least two cards, got {cards[0].name}; name it twice if there are two of it")
     if strategy != "single" and len(cards) > len(costs.segments) - 1:
         raise InputError(
-            f"a split needs a segment for each card: {costs.model} has {len(costs.segments) - 1}, got {len(cards)}"
+            f"a split needs a segment for each card, the loss not counted: {costs.model} has "
+            f"{len(costs.segments) - 1}, got {len(cards)} cards"
         )
     if strategy != "single" and num_orders(cards) > MOST_ORDERS:
         raise InputError(

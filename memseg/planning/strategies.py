@@ -115,7 +115,7 @@ class Placer:
         return self._placement("single", [(card, 0, last)], [self._solver(0, last).smallest])
 
     def closest_split(self, cards: Sequence[Card]) -> Placement | None:
-        """The split over `cards` with the smallest shortfall, fit or not; None with fewer segments than cards."""
+        """The split over `cards` with the smallest shortfall, fit or not; None with too few segments for the cards."""
         path = _shortest_path(
             self._num_segments, cards, bound=self._least_shortfall, exact=self._stage_shortfall,
             between=lambda cut, before, after: -math.inf, join=max,

@@ -8,6 +8,7 @@ seeing where a step goes, not for comparing machines to the percent.
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
@@ -95,10 +96,10 @@ class ProfileReport:
     def headline(self) -> str:
         """What was profiled, in one line."""
         height, width = self.profile.image
-        levels = (
+        levels: str = (
             self.recompute
             if isinstance(self.recompute, Recompute)
-            else ", ".join(f"{name}={level}" for name, level in self.recompute.items())
+            else ", ".join(f"{level} ({count})" for level, count in Counter(self.recompute.values()).most_common())
         )
         return (
             f"{self.profile.model}, {height}x{width}, batch {self.profile.batch}, {self.norm} norm, float32, "

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -151,7 +152,10 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
 
 def _load(state: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
     try:
-        dcp_load(state, storage_reader=FileSystemReader(folder), no_dist=no_dist)
+        with warnings.catch_warnings():
+            # That it reads in a single process is what `no_dist` asks for.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp_load(state, storage_reader=FileSystemReader(folder), no_dist=no_dist)
     except MemsegError:
         raise
     except (Exception, CheckpointException) as error:  # the second is no Exception

@@ -17,9 +17,12 @@ def level(
     output: bool = False,
     forward: int = 0,
     backward: int = 0,
+    backward_held: int | None = None,
     flops: int = 1,
 ) -> LevelCost:
-    return LevelCost(recompute, saved, inputs, output, forward, backward, backward, Work(flops, 0), Work(2 * flops, 0))
+    """`backward_held` is what `backward` is unless given."""
+    held = backward if backward_held is None else backward_held
+    return LevelCost(recompute, saved, inputs, output, forward, backward, held, Work(flops, 0), Work(2 * flops, 0))
 
 
 def segment(name: str, reads: tuple[str, ...], *levels: LevelCost, output: int = 0, **sizes: int) -> SegmentCost:
@@ -27,8 +30,8 @@ def segment(name: str, reads: tuple[str, ...], *levels: LevelCost, output: int =
     return SegmentCost(name, reads, output, name != "loss", levels=levels, **{**plain, **sizes})
 
 
-def model(*segments: SegmentCost, images: int = 0, target: int = 0) -> ModelCosts:
-    return ModelCosts("tiny", 19, (64, 128), 2, NormMode.BATCH, "float32", images, target, segments)
+def model(*segments: SegmentCost, images: int = 0, target: int = 0, batch: int = 2) -> ModelCosts:
+    return ModelCosts("tiny", 19, (64, 128), batch, NormMode.BATCH, "float32", images, target, segments)
 
 
 def card(available: int, name: str = "toy", *, flops: float = 1.0, link: float = 1.0) -> Card:
@@ -67,4 +70,4 @@ def random_model(generator: random.Random, num_segments: int, num_levels: int, l
             buffer_bytes=size(), gradient_bytes=size(), optimizer_bytes=size(),
         )  # fmt: skip
         segments.append(replace(made, output_needs_grad=not last and generator.random() < 0.8))
-    return model(*segments, images=size(), target=size())
+    return model(*segments, images=size(), target=size(), batch=generator.choice([1, 2]))

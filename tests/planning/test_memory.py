@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -84,6 +85,82 @@ def test_what_leaves_outlives_its_own_backward():
     assert moments_of(Stage(costs, 0, 1), (0, 0))["backward of a"] == 20 + 20 + 40
 
 
+@pytest.mark.parametrize(("batch", "beside_the_copy"), [(2, 40), (1, 0)])
+def test_what_leaves_is_held_as_a_copy_and_where_it_is_saved_once_more(batch: int, beside_the_copy: int):
+    # a's output crosses to the loss, and b saves it: as a made it, until b's backward. A single image is its own copy.
+    costs = model(
+        segment("a", ("images",), level(), output=40),
+        segment("b", ("a",), level(), output=20),
+        segment("c", ("b",), level(), output=10),
+        segment("loss", ("c", "a"), level(inputs=(True, True))),
+        batch=batch,
+    )
+    gradients_arrive = 40 + 10
+    assert moments_of(Stage(costs, 0, 2), (0, 0, 0)) == {
+        "forward of a": gradients_arrive,
+        "forward of b": gradients_arrive + 40 + beside_the_copy,
+        "forward of c": gradients_arrive + 40 + beside_the_copy + 20,
+        "backward of c": gradients_arrive + 40 + beside_the_copy + 20 + 10,
+        # Its own output, saved by c, is gone; the gradient of it is there.
+        "backward of b": gradients_arrive + 40 + beside_the_copy + 20 + 10,
+        # What b saved is gone; b made a gradient for a's output beside the one that arrived.
+        "backward of a": gradients_arrive + 40 + 40 + 10,
+        "optimizer step": gradients_arrive,
+    }
+
+
+@pytest.mark.parametrize(("batch", "beside_the_copy"), [(2, 40), (1, 0)])
+def test_a_maker_that_saves_what_leaves_holds_it_beside_the_copy_until_its_own_backward(
+    batch: int, beside_the_copy: int
+):
+    costs = model(
+        segment("a", ("images",), level(), output=20),
+        segment("b", ("a",), level(inputs=(False,), output=True), level(Recompute.SEGMENT, inputs=(False,)), output=40),
+        segment("loss", ("b",), level()),
+        batch=batch,
+    )
+    saved, not_saved = (moments_of(Stage(costs, 0, 1), (0, number)) for number in (0, 1))
+    assert not_saved == {
+        "forward of a": 40,
+        "forward of b": 40 + 20,
+        "backward of b": 40 + 40,
+        "backward of a": 40 + 40 + 20,
+        "optimizer step": 40,
+    }
+    assert saved == not_saved | {"backward of b": 40 + 40 + beside_the_copy}
+
+
+def test_a_gradient_that_arrived_is_not_freed_while_its_segment_works():
+    def costs(**loss_reads: tuple[str, ...]) -> ModelCosts:
+        work = level(inputs=(False,), backward=100, backward_held=130)
+        return model(
+            segment("a", ("images",), work, output=40),
+            segment("b", ("a",), work, output=20),
+            segment("c", ("b",), work, output=10),
+            segment("loss", loss_reads["loss"], level(inputs=(False,) * len(loss_reads["loss"]))),
+        )
+
+    chain, skip = costs(loss=("c",)), costs(loss=("c", "a"))
+    # The gradient of b's output arrives; that of a's is made here, by b.
+    first = moments_of(Stage(chain, 0, 1), (0, 0))
+    assert first["backward of b"] == 20 + 20 + 130
+    assert first["backward of a"] == 20 + 20 + 40 + 100
+    # For a's output one arrives from the loss too, but b reads it here: the sum of both is a new tensor.
+    skipped = moments_of(Stage(skip, 0, 1), (0, 0))
+    assert skipped["backward of b"] == (40 + 20) + (40 + 20) + 130
+    assert skipped["backward of a"] == (40 + 20) + (40 + 20) + 40 + 100
+    # On one card nothing arrives.
+    assert moments_of(Stage(chain, 0, 3), (0, 0, 0, 0))["backward of b"] == 20 + 100
+
+
+def test_an_arrived_gradient_takes_no_more_where_the_output_needs_none():
+    costs = model(
+        replace(segment("a", ("images",), level(backward=100, backward_held=130), output=40), output_needs_grad=False),
+        segment("loss", ("a",), level()),
+    )
+    assert moments_of(Stage(costs, 0, 0), (0,))["backward of a"] == 40 + 100
+
+
 def test_a_tensor_that_skips_a_stage_unread_takes_three_buffers_in_backward():
     # Autograd clones the gradient that a leaf is handed, so the received one and the clone live side by side.
     costs = model(
@@ -130,25 +207,28 @@ def replay(costs: ModelCosts, first: int, last: int, levels: tuple[int, ...]) ->
                  if any(name in segments[p].reads for p in chosen))  # fmt: skip
     fixed += sum(output[name] for name in entering) + sum(output[name] for name in leaving if needs_grad[name])
     saved = gradients = peak = 0
-    held: dict[str, set[object]] = {}
+    held: dict[str, set[object]] = {}  # tensors as they were made, and who holds each
+    crossing: set[str] = set()  # tensors as they leave: copies, which nobody lets go of
 
     def alive() -> int:
-        """What leaves is held twice where it is saved too: as the contiguous copy that crosses, and as it was made."""
-        copies = {
-            name: 1 + (len(holders) > 1 and costs.batch > 1) for name, holders in held.items() if "caller" in holders
-        }
-        return sum(output[name] * copies.get(name, 1) for name, holders in held.items() if holders)
+        copies = sum(output[name] for name in crossing)
+        as_made = [name for name, holders in held.items() if holders and (costs.batch > 1 or name not in crossing)]
+        return copies + sum(output[name] for name in as_made)
 
     for p, cost in chosen.items():
         peak = max(peak, fixed + saved + alive() + cost.forward_peak_bytes)
         saved += cost.saved_bytes
         name = segments[p].name
-        held[name] = {("reads", r) for r in readers[name] if r <= last}
-        held[name] |= {("saves", p)} if cost.saves_output else set()
-        held[name] |= {"caller"} if name in leaving or not readers[name] else set()
+        held[name] = {("saves", p)} if cost.saves_output else set()
         if name in leaving:
-            savers = {r for r in readers[name] if r in chosen and chosen[r].saves_inputs[segments[r].reads.index(name)]}
-            held[name] = {"caller"} | {("saves", r) for r in savers} | ({("saves", p)} if cost.saves_output else set())
+            crossing.add(name)
+            for r in readers[name]:
+                if r in chosen and chosen[r].saves_inputs[segments[r].reads.index(name)]:
+                    held[name].add(("saves", r))
+        elif readers[name]:
+            held[name] |= {("reads", r) for r in readers[name]}
+        else:
+            held[name].add("caller")
         for place, read in enumerate(segments[p].reads):
             if read in held:
                 held[read] -= {("reads", p)}

@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from memseg.cli.main import build_parser
 from memseg.errors import InputError, PlanError, ProblemsError
 from memseg.levels import NormMode, Recompute
 from memseg.planning import (
@@ -122,6 +125,7 @@ def test_segments_that_form_no_step_are_refused_with_every_problem():
 def damaged() -> list[tuple[str, str]]:
     cards = json.loads(plan_json())["cards"]
     twice = [cards[0] | {"segments": [cards[0]["segments"][0], *cards[0]["segments"]]}]
+    bare_loss = [cards[0] | {"segments": cards[0]["segments"][:-1]}, cards[0] | {"segments": cards[0]["segments"][-1:]}]
     no_loss = [cards[0] | {"segments": cards[0]["segments"][:-1]}]
     return [
         (plan_json()[:100], "not JSON"),
@@ -132,6 +136,7 @@ def damaged() -> list[tuple[str, str]]:
         (plan_json(image="64"), "HEIGHTxWIDTH"),
         (plan_json(cards=twice), "segment block1 is placed twice"),
         (plan_json(cards=no_loss), 'the last segment must be "loss", got "block3"'),
+        (plan_json(strategy="split", cards=bare_loss), "cpu:12GiB: the loss must share a card with the segment before"),
         (plan_json(cards=[cards[0] | {"predicted_peak_bytes": 2**60}]), "does not fit"),
         (plan_json(strategy="split"), "strategy split cannot have 1 card"),
         (plan_json(feasible=False), "no plan fits"),
@@ -163,8 +168,14 @@ def test_a_plan_for_something_else_is_refused_with_every_difference():
     plan.check_model("tiny", names, **run)
     with pytest.raises(
         PlanError, match="model tiny, the recipe trains large; for batch 2, the recipe trains 4; make a new"
-    ):
+    ) as caught:
         plan.check_model("large", names, **run | {"batch": 4})
+    command = re.search("memseg (plan .*plan.json)", str(caught.value))
+    assert command is not None
+    args = build_parser().parse_args(shlex.split(command[1]))
+    assert (args.model, args.image, args.batch, args.classes) == ("large", "64x128", 4, 19)
+    assert (args.norm, args.cards, args.output) == ("batch", "cpu:12GiB", Path("plan.json"))
+    assert str(caught.value).endswith(", or train with --cards cpu:12GiB and no --plan")
     with pytest.raises(PlanError, match="block2 where the model has block3"):
         plan.check_model("tiny", ("block1", "block3", "block2", "loss"), **run)
     with pytest.raises(PlanError, match="loss where the model has extra"):
@@ -229,8 +240,10 @@ def test_the_answer_that_nothing_fits_has_a_json_form_and_words():
         "cpu:2GiB", "backward of block3", caught.value.advice,
     )  # fmt: skip
     text = infeasible_text(caught.value)
-    assert "the whole model (block1 .. loss) on cpu:2GiB, backward of block3" in text
-    assert "needs 2.04 GiB, has 1.50 GiB (2.00 GiB - 0.50 GiB reserve): 0.54 GiB short" in text
+    assert text.splitlines()[:2] == [
+        "no plan fits; the closest is 0.54 GiB short on cpu:2GiB at backward of block3",
+        "  the whole model (block1 .. loss) needs 2.04 GiB, has 1.50 GiB (2.00 GiB - 0.50 GiB reserve)",
+    ]
     assert "cpu:3GiB in place of cpu:2GiB" in text
 
 
@@ -240,12 +253,37 @@ def test_the_answer_that_nothing_fits_has_a_json_form_and_words():
         ([], "auto", "at least one card"),
         ([card(10)], "split", "at least two cards"),
         ([card(10)] * 5, "split", "a segment for each card"),
+        ([card(10)] * 4, "split", "a segment for each card, the loss not counted: tiny has 3, got 4 cards"),
         ([card(10, name) for name in "abcd"] + [card(10, "a")], "auto", "a segment for each card"),
     ],
 )
 def test_cards_that_a_strategy_cannot_use_are_refused(cards: list[Any], strategy: Any, told: str):
     with pytest.raises((InputError, NothingFitsError), match=told):
         make_plan(tiny(), cards, strategy=strategy)
+
+
+def test_as_many_cards_as_segments_beside_the_loss_are_used():
+    plan = make_plan(tiny(), parse_cards("cpu:4GiB,cpu:4GiB,cpu:4GiB"), strategy="split")
+    assert [[s.name for s in on.segments] for on in plan.cards] == [["block1"], ["block2"], ["block3", "loss"]]
+
+
+def test_no_card_is_advised_that_would_have_no_segment():
+    with pytest.raises(NothingFitsError) as caught:
+        make_plan(tiny(), parse_cards("cpu:1GiB,cpu:1GiB,cpu:1GiB"), strategy="split")
+    assert not any("one more" in advice for advice in caught.value.advice)
+
+
+def test_no_card_is_advised_that_would_make_too_many_orders():
+    # Three and three equal cards have 20 orders. One of 9 GiB among them would do, but makes 60: a split refuses that.
+    cards = parse_cards(",".join(["cpu:2GiB"] * 3 + ["cpu:2.5GiB"] * 3))
+    blocks = [
+        segment(f"block{n}", (f"block{n - 1}" if n else "images",), *levels(8 * GIB if n == 3 else MIB))
+        for n in range(6)
+    ]
+    loss = LevelCost(Recompute.NONE, 0, (True,), False, 4, 4, 4, Work(1, 1), Work(1, 1))
+    with pytest.raises(NothingFitsError) as caught:
+        make_plan(model(*blocks, segment("loss", ("block5",), loss)), cards, strategy="split")
+    assert caught.value.advice == []
 
 
 def test_the_table_shows_what_sits_where():

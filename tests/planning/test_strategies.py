@@ -24,7 +24,7 @@ def every_split(costs: ModelCosts, cards: tuple[Card, ...]) -> list[tuple[float,
     results = []
     n = len(costs.segments)
     for order in itertools.permutations(cards):
-        for cuts in itertools.combinations(range(1, n), len(cards) - 1):
+        for cuts in itertools.combinations(range(1, n - 1), len(cards) - 1):  # before n - 1: the loss is never alone
             seconds, shortfall = 0.0, -math.inf
             for on, first, end in zip(order, (0, *cuts), (*cuts, n), strict=True):
                 stage = Stage(costs, first, end - 1)
@@ -44,7 +44,7 @@ def every_split(costs: ModelCosts, cards: tuple[Card, ...]) -> list[tuple[float,
 def test_a_split_is_the_best_of_all_cuts_orders_and_levels(seed: int):
     generator = random.Random(seed)
     num_cards = generator.choice([2, 2, 3])
-    costs = random_model(generator, num_segments=generator.randint(num_cards, 5), num_levels=3)
+    costs = random_model(generator, num_segments=generator.randint(num_cards + 1, 6), num_levels=3)
     cards = tuple(
         card(
             generator.randint(150, 500),
@@ -72,16 +72,36 @@ def test_the_cut_falls_where_least_crosses_the_link():
     costs = model(
         segment("block", ("images",), level(), output=100),
         segment("skip", ("block",), level(), output=1),
-        segment("loss", ("skip",), level(), output=4),
+        segment("upsample", ("skip",), level(), output=100),
+        segment("logits", ("upsample",), level(), output=50),
+        segment("loss", ("logits",), level(), output=4),
     )
     found = Placer(costs).split([card(1000, "a"), card(1000, "b")])
     assert found is not None
-    assert [len(placed.stage.segments) for placed in found.stages] == [2, 1]
+    assert [len(placed.stage.segments) for placed in found.stages] == [2, 3]
     assert found.transfer_seconds == 2.0
 
 
-def test_more_cards_than_segments_cannot_be_used():
-    costs = model(segment("loss", ("images",), level()))
+def test_the_loss_is_never_alone_on_a_card():
+    # Alone it would be faster, since a hundredth crosses, and less short: its card is the fuller one, even without 100.
+    costs = model(
+        segment("block", ("images",), level(inputs=(False,)), output=100),
+        segment("logits", ("block",), level(inputs=(False,)), output=1),
+        segment("loss", ("logits",), level(inputs=(False,)), output=4, parameter_bytes=500),
+    )
+    found = Placer(costs).split([card(1000, "a"), card(1000, "b")])
+    assert found is not None
+    assert [[s.name for s in placed.stage.segments] for placed in found.stages] == [["block"], ["logits", "loss"]]
+    assert found.transfer_seconds == 200.0
+    tight = Placer(costs).closest_split([card(10, "a"), card(10, "b")])
+    assert tight is not None
+    assert [[s.name for s in placed.stage.segments] for placed in tight.stages] == [["block"], ["logits", "loss"]]
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_more_cards_than_segments_beside_the_loss_cannot_be_used(blocks: int):
+    made = [segment("block", ("images",), level())][:blocks]
+    costs = model(*made, segment("loss", ("images",), level()))
     assert Placer(costs).split([card(10), card(10)]) is None
     assert Placer(costs).closest_split([card(10), card(10)]) is None
 
