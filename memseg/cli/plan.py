@@ -28,6 +28,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--batch", type=positive_int, required=True, help="images per step")
     parser.add_argument("--classes", type=positive_int, default=19, help="classes to tell apart (default: 19)")
     parser.add_argument("--norm", choices=[mode.value for mode in NormMode], default=NormMode.BATCH.value)
+    parser.add_argument(
+        "--precision", choices=("float32", "float64"), default="float32", help="of weights and activations"
+    )
     add_cards_options(parser, required=True)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan as JSON")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         image=parse_image(args.image),
         batch=args.batch,
         norm=NormMode(args.norm),
-        precision="float32",
+        precision=args.precision,
         aux_weight=0.3,
         cards=parse_cards(args.cards),
     )

@@ -112,19 +112,29 @@ class SegmentGraph(nn.Module):
         if stop == len(order):
             outputs = list(self.outputs)
         segments = [Segment(name, self.segments[name], self.reads[name]) for name in made_here]
-        return Stage(segments, inputs=inputs, outputs=outputs)
+        return Stage(segments, inputs=inputs, outputs=outputs, ends=stop == len(order))
 
 
 class Stage(SegmentGraph):
     """Part of a model, with borders that tensors can cross: what comes out, and what gradients go back, is contiguous.
 
     A tensor that is passed through gets a node of its own, so that a gradient can arrive for it.
+
+    Args:
+        segments, inputs, outputs: As of any graph.
+        ends: Whether the model ends here: then its outputs cross no border, and stay as they are.
     """
+
+    def __init__(
+        self, segments: Sequence[Segment], *, inputs: Sequence[str], outputs: Sequence[str], ends: bool
+    ) -> None:
+        super().__init__(segments, inputs=inputs, outputs=outputs)
+        self.ends = ends
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs, in order, contiguous."""
         outputs = super().run(*(_ContiguousGradient.apply(tensor) for tensor in inputs))
-        return tuple(tensor.contiguous() for tensor in outputs)
+        return outputs if self.ends else tuple(tensor.contiguous() for tensor in outputs)
 
 
 class _ContiguousGradient(torch.autograd.Function):

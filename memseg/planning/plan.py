@@ -182,7 +182,7 @@ class Plan(StrictModel):
             image_text, norm_text = _write_image(image), norm.value
             command = [
                 "memseg", "plan", model, "--image", image_text, "--batch", str(batch), "--classes", str(num_classes),
-                "--norm", norm_text, "--cards", cards, "-o", "plan.json",
+                "--norm", norm_text, "--precision", precision, "--cards", cards, "-o", "plan.json",
             ]  # fmt: skip
             raise PlanError(
                 f"the plan was made for {'; for '.join(differences)}; make a new one: {shlex.join(command)}, "
