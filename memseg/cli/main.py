@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except MemsegError as error:
         return _fail(command, str(error), EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        return _fail(command, "interrupted", EXIT_INTERRUPTED)
+    except KeyboardInterrupt as error:
+        return _fail(command, str(error) or "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         # Whoever read our output has gone; point it elsewhere, or the interpreter complains again while it shuts down.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         MemsegError: what stopped the run, in one line.
     """
-    from memseg.training.checkpoint import CLASSES_FILE, checkpoint_folders, load_run, write_run
+    from memseg.training.checkpoint import CLASSES_FILE, checkpoint_folders, load_run, steps_of, write_run
     from memseg.training.recipe import load_recipe, override_recipe
 
     if bool(args.recipe) == bool(args.resume):
@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     dataset = recipe.data.open("train")
     if recipe.train.evaluate_every:
         recipe.data.open("val")
-    _check(recipe, len(dataset))
+    checkpoints = checkpoint_folders(folder)
+    _check(recipe, len(dataset), steps_of(checkpoints[-1]) if checkpoints else 0)
     fresh = not args.resume or args.plan or args.cards or args.strategy
     if args.resume and not fresh:
         plan = _stored_plan(folder, recipe, len(dataset.classes.names))
@@ -106,8 +107,7 @@ def train(folder: Path, plan: "Plan") -> dict[str, Any]:
     try:
         code = launch("memseg.cli.worker", [str(folder)], processes=len(plan.cards))
     except (SignalException, KeyboardInterrupt):
-        print(f"memseg train: stopped; go on with memseg train --resume {folder}", file=sys.stderr)
-        raise KeyboardInterrupt from None
+        raise KeyboardInterrupt(f"interrupted; go on with memseg train --resume {folder}") from None
     if code:
         error = folder / ERROR_FILE
         reason = error.read_text(encoding="utf-8") if error.exists() else f"a process ended with exit code {code}"
@@ -161,7 +161,7 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
     print(f"\n{result['steps']} steps, last loss {result['loss']:.4f}; everything lies in {folder}")
 
 
-def _check(recipe: "Recipe", images: int) -> None:
+def _check(recipe: "Recipe", images: int, done: int) -> None:
     import torch
 
     from memseg.models import build_model
@@ -169,7 +169,12 @@ def _check(recipe: "Recipe", images: int) -> None:
 
     with torch.device("meta"):
         build_model(recipe.model.name).check_image(recipe.data.image)
-    training_length(recipe, images)
+    _, total_steps = training_length(recipe, images)
+    if done >= total_steps:
+        raise InputError(
+            f"the run has done {done} of {total_steps} steps, nothing is left; "
+            f"for more give --set schedule.steps={2 * done}"
+        )
     weights = recipe.model.encoder_weights
     if weights and not weights.is_file():
         raise InputError(f"model.encoder_weights must name a file, there is none at {weights}")

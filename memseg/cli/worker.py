@@ -28,7 +28,7 @@ from memseg.models.objective import Objective
 from memseg.models.segmented import SegmentedModel
 from memseg.planning import LOSS, CardPlan, Plan, load_plan, parse_cards
 from memseg.profiling.measure import AllocatorPeak, watch_allocator
-from memseg.running import PipelineRunner, Runner, SingleRunner, is_out_of_memory, limit_memory
+from memseg.running import PipelineRunner, Runner, SingleRunner, end_with_parent, is_out_of_memory, limit_memory
 from memseg.training.checkpoint import PLAN_FILE, RESULT_FILE, load_run
 from memseg.training.recipe import Recipe
 from memseg.training.trainer import Hooks, Score, StepReport, Trainer, make_optimizer
@@ -41,6 +41,7 @@ _MEASURED_STEPS = 2
 
 def main() -> int:
     """Run this rank; 0, or 2 with the reason in the run folder."""
+    end_with_parent()
     folder = Path(sys.argv[1])
     rank = int(os.environ["RANK"])
     card = None

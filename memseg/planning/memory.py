@@ -242,11 +242,13 @@ class Stage:
         """The output of a segment of this stage, if it is alive: `held` anyway, or saved by a segment below `before`.
 
         A tensor that leaves, or that nobody reads (the result of the step), is held until all backward is over. What
-        leaves is a contiguous copy, beside which the tensor itself may be saved.
+        leaves is a contiguous copy, beside which the tensor itself may be saved. In a split the pipeline holds the
+        model's outputs as well, which a model on one card lets go of once the loss has read them.
         """
         maker = self.costs.segments[position]
         leaves = maker in self.leaving
-        if not leaves and (held or not self._readers[maker.name]):
+        is_output = self.first > 0 and len(self.costs.segments) - 1 in self._local_readers(maker.name)
+        if not leaves and (held or is_output or not self._readers[maker.name]):
             return [Term(maker.output_bytes, Category.ACTIVATION)]
         picks: set[Pick] = set()
         if position < before:

@@ -20,8 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from memseg.data import ClassList
 from memseg.errors import CheckpointError, MemsegError
@@ -53,6 +56,15 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(path for path in found if re.fullmatch(r"step-\d{8}", path.name))
 
 
+def steps_of(checkpoint: Path) -> int:
+    """Steps that the run had done when it wrote this checkpoint.
+
+    >>> steps_of(Path("run/checkpoints/step-00000150"))
+    150
+    """
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def save_checkpoint(run: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
     """Write a checkpoint; every process of the group calls it with its own part.
 
@@ -74,7 +86,7 @@ def save_checkpoint(run: Path, step: int, module: nn.Module, optimizer: torch.op
     dist.barrier()
     state = _state(module, optimizer) | {"step": torch.tensor(step)}
     try:
-        dcp_save(state, storage_writer=FileSystemWriter(part, sync_files=True))
+        dcp_save(state, storage_writer=_Writer(part, sync_files=True))
     except CheckpointException as error:
         raise _disk_error(error, part) from None
     if dist.get_rank() == 0:
@@ -155,7 +167,10 @@ def _load(state: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
         with warnings.catch_warnings():
             # That it reads in a single process is what `no_dist` asks for.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp_load(state, storage_reader=FileSystemReader(folder), no_dist=no_dist)
+            reader = FileSystemReader(folder)
+            # Read once for itself: where the index is missing, loading would log a traceback before it fails.
+            reader.read_metadata()
+            dcp_load(state, storage_reader=reader, no_dist=no_dist)
     except MemsegError:
         raise
     except (Exception, CheckpointException) as error:  # the second is no Exception
@@ -163,6 +178,20 @@ def _load(state: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
         raise CheckpointError(
             f"{folder}: the checkpoint is damaged or of another model ({reason[0]}); use an earlier one or train again"
         ) from None
+
+
+class _Writer(FileSystemWriter):
+    """As torch's, but a disk that refuses to write is told of by the system's own error.
+
+    torch.save, broken off by the disk, complains about its unfinished archive and has the reason only as its context,
+    which does not survive being sent to the other processes.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def _disk_error(error: CheckpointException, part: Path) -> BaseException:

@@ -127,15 +127,21 @@ class Trainer:
         self._dtype = getattr(torch, recipe.train.precision)
         parts = {"image"} if runner.reads_images else set()
         parts |= {"target"} if runner.knows_loss else set()
-        self._view = TrainingView(
-            dataset,
-            size=recipe.data.image,
-            fit=recipe.data.fit,
-            flip=recipe.data.flip,
-            seed=recipe.train.seed,
-            parts=frozenset(parts),
-            region=recipe.data.region,
+        self._images = len(dataset)
+        self._view = (
+            TrainingView(
+                dataset,
+                size=recipe.data.image,
+                fit=recipe.data.fit,
+                flip=recipe.data.flip,
+                seed=recipe.train.seed,
+                parts=frozenset(parts),
+                region=recipe.data.region,
+            )
+            if parts
+            else None
         )
+        """What this process reads of each image; None between the first card of a split and the last."""
         self._steps_per_epoch, self.total_steps = training_length(recipe, len(dataset))
 
     def run(self) -> StepReport | None:
@@ -198,10 +204,10 @@ class Trainer:
         """The batches of an epoch from `position` on; empty ones where this process reads neither part."""
         batch = self._recipe.train.batch
         generator = torch.Generator().manual_seed(self._recipe.train.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self._view), generator=generator).tolist()
+        order = torch.randperm(self._images, generator=generator).tolist()
         starts = range(position * batch, self._steps_per_epoch * batch, batch)
         wanted = [order[start : start + batch] for start in starts]
-        if not (self._runner.reads_images or self._runner.knows_loss):
+        if self._view is None:
             yield from ({} for _ in wanted)
             return
         self._view.set_epoch(epoch)

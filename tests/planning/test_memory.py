@@ -229,6 +229,8 @@ def replay(costs: ModelCosts, first: int, last: int, levels: tuple[int, ...]) ->
             held[name] |= {("reads", r) for r in readers[name]}
         else:
             held[name].add("caller")
+        if first > 0 and last == len(segments) - 1 and name in segments[-1].reads and p != last:
+            held[name].add("pipeline")  # a model's outputs, in a split
         for place, read in enumerate(segments[p].reads):
             if read in held:
                 held[read] -= {("reads", p)}
