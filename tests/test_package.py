@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "memseg"
-SHARED = {"errors", "units", "levels"}
+SHARED = {"errors", "files", "levels", "units"}
 """What every folder may import."""
 
 

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from memseg.data import SegmentationDataset
 from memseg.errors import InputError, MemsegError
+from memseg.files import replace_file
 from memseg.inference.evaluate import evaluate
 from memseg.inference.labelling import Framing
 from memseg.models import build_model, load_encoder_file
@@ -237,7 +238,7 @@ def _write_result(
             for card, (measured, _) in zip(plan.cards, known, strict=True)
         ],
     }
-    (folder / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    replace_file(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Label maps as pictures: one that programs read, one that people look at."""
 
-import os
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,7 @@ from PIL import Image
 
 from memseg.data import IGNORE_INDEX, ClassList
 from memseg.data.dataset import Pixels
+from memseg.files import replace_file
 
 
 def colour_map(classes: ClassList) -> Pixels:
@@ -48,10 +49,7 @@ def overlay_png(image: Pixels, labels: Pixels, classes: ClassList, *, opacity: f
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
-    """Write a PNG that is whole or not there: to a temporary file beside it, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        picture.save(temporary, format="PNG")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a PNG that is whole or not there."""
+    content = BytesIO()
+    picture.save(content, format="PNG")
+    replace_file(path, content.getvalue())

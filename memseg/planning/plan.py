@@ -6,9 +6,7 @@ of the model placed once and in order; and `Plan.check_model` compares it with w
 """
 
 import json
-import os
 import shlex
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, model_validator
 
 from memseg.errors import InputError, PlanError
+from memseg.files import replace_file
 from memseg.levels import NormMode, Recompute
 from memseg.planning.costs import LOSS
 from memseg.planning.strict import StrictModel, field_names, problem_lines
@@ -205,15 +204,7 @@ def load_plan(path: Path) -> Plan:
 
 def save_plan(plan: Plan, path: Path) -> None:
     """Write `plan` to `path`, whole or not at all, even if the machine stops meanwhile."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
-        try:
-            file.write(plan.to_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    replace_file(path, plan.to_json() + "\n")
 
 
 def _all_keys_written(text: str, where: str) -> str:

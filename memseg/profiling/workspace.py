@@ -7,9 +7,8 @@ convolutions: `python -m benchmarks.convolution_workspace`. float32 only; float6
 instead and are not predicted.
 
 CUDA. cuDNN runs float32 3x3 stride-1 convolutions as non-fused Winograd F(4x4, 3x3), which transforms 4x4 tiles into
-6x6: 36 / 16 = 2.25 values for each one of input and output, and 36 / 9 = 4 for each one of the weight. Held against
-186 published runs on V100 cards this brings the median error of the predicted peak from 9 % to 4 %. Not yet measured
-by ourselves on a GPU.
+6x6: 36 / 16 = 2.25 values for each one of input and output, and 36 / 9 = 4 for each one of the weight. A hypothesis:
+it brings predictions closer to published peaks of V100 cards, but has not been measured by us on a GPU.
 
 Source: oneDNN developer guide, "Understanding memory formats"; Lavin and Gray, arXiv:1509.09308, for F(4x4, 3x3).
 """

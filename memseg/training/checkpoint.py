@@ -28,6 +28,7 @@ from torch.futures import Future
 
 from memseg.data import ClassList
 from memseg.errors import CheckpointError, MemsegError
+from memseg.files import replace_file
 from memseg.models import SegmentedModel, build_model
 from memseg.training.recipe import Recipe, parse_recipe
 
@@ -150,8 +151,8 @@ def load_run(run: Path) -> tuple[Recipe, ClassList]:
 def write_run(run: Path, recipe: Recipe, classes: ClassList) -> None:
     """Describe a run in its folder, for workers, for resuming and for using what it learns."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
-    (run / CLASSES_FILE).write_text(json.dumps(asdict(classes), indent=2) + "\n", encoding="utf-8")
+    replace_file(run / RECIPE_FILE, recipe.to_json())
+    replace_file(run / CLASSES_FILE, json.dumps(asdict(classes), indent=2) + "\n")
 
 
 def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

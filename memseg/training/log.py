@@ -7,13 +7,14 @@ step first cuts it back to that step, into a new file that takes the place of th
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from torch.utils.tensorboard import SummaryWriter
+
+from memseg.files import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FOLDER = "tensorboard"
@@ -31,7 +32,7 @@ class MetricsLog:
     def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
-        _replace_text(path, "".join(_line(record) for record in read_metrics(folder) if record["step"] <= resume_step))
+        replace_file(path, "".join(_line(record) for record in read_metrics(folder) if record["step"] <= resume_step))
         self._lines = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(log_dir=str(folder / EVENTS_FOLDER), purge_step=resume_step + 1, flush_secs=10)
 
@@ -77,13 +78,3 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _line(record: Mapping[str, float | int | None]) -> str:
     finite = {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Write a file so that at every moment either the old or the new one is there, whole."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -168,7 +168,7 @@ class Trainer:
                     self._hooks.steps_done(step - started_at)
                     if report:
                         self._hooks.stepped(report)
-                    if log and report and step % self._recipe.train.log_every == 0:
+                    if log and report and (step % self._recipe.train.log_every == 0 or step == self.total_steps):
                         log.write(step, {"loss": report.loss, "lr": report.lr, "step_seconds": report.seconds})
                     if step == self.total_steps or step % self._recipe.train.checkpoint_every == 0:
                         self._save(step)
