@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from processes import python
 
 from memseg.cli.main import main
@@ -12,7 +11,7 @@ from memseg.errors import CheckpointError
 from memseg.training.checkpoint import CHECKPOINTS_FOLDER, RECIPE_FILE, checkpoint_folders, load_trained
 
 _SAVES = """
-import resource, sys, tempfile
+import resource, sys
 from pathlib import Path
 import torch, torch.distributed as dist
 from memseg.models import build_model
@@ -119,9 +118,3 @@ def test_what_is_no_run_is_said_to_be_none(tmp_path, run):
     shutil.rmtree(run / CHECKPOINTS_FOLDER)
     with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
         load_trained(run)
-
-
-def test_loading_leaves_torch_as_it_was(run_and_output):
-    before = torch.get_default_dtype(), torch.get_rng_state()
-    load_trained(run_and_output[0])
-    assert torch.get_default_dtype() == before[0]
