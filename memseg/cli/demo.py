@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from memseg.cli.console import add_command, print_columns, wide_console
+from memseg.cli.evaluate import print_scores
 from memseg.cli.planning import PlanRequest
 from memseg.cli.train import plan_for, print_result, train
 from memseg.errors import InputError
@@ -116,8 +117,7 @@ def _evaluate_and_draw(out: Path, run_folder: Path) -> Path:
     trained = load_trained(run_folder)
     scenes = trained.recipe.data.open("val")
     result = evaluate(trained.model, scenes)
-    rows = [(name, "not there" if iou is None else f"{iou:7.2%}") for name, iou in result.iou.items()]
-    print_columns([("class", "    IoU"), *rows, ("mean", f"{result.miou:7.2%}")])
+    print_scores(result, trained.step)
     pictures = out / "pictures"
     pictures.mkdir(exist_ok=True)
     paths = [pictures / f"{scenes.key(index)}.png" for index in range(_PICTURES)]

@@ -69,11 +69,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"steps": trained.step, **asdict(result)})
     else:
-        _print_table(result, trained.step)
+        print_scores(result, trained.step)
     return 0
 
 
-def _print_table(result: "EvalResult", steps: int) -> None:
+def print_scores(result: "EvalResult", steps: int) -> None:
+    """IoU of each class, their mean, and pixel accuracy."""
     rows = [(name, "not there" if iou is None else f"{iou:7.2%}") for name, iou in result.iou.items()]
     print_columns([("class", "    IoU"), *rows, ("mean", f"{result.miou:7.2%}")])
     print(
