@@ -30,4 +30,4 @@ $(STAMP): pyproject.toml Makefile
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) demo runs dist build
+	rm -rf $(VENV) demo dist build

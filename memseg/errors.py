@@ -11,6 +11,15 @@ from collections.abc import Iterable, Sequence
 class MemsegError(Exception):
     """An error that the user can mend."""
 
+    exit_code = 2
+    """Of a command that ends with it."""
+
+
+class RunFailedError(MemsegError):
+    """A process of a run ended without saying why: a defect of ours, or the system ended it."""
+
+    exit_code = 1
+
 
 class InputError(MemsegError):
     """A value given by the user does not hold."""

@@ -95,15 +95,13 @@ def _plan_and_profile(out: Path) -> None:
 
 
 def _train(out: Path) -> Path:
-    from memseg.training.checkpoint import write_run
     from memseg.training.recipe import load_recipe
 
     recipe = load_recipe("streets_demo")
     classes = recipe.data.open("train").classes
     plan = plan_for(recipe, len(classes.names), None, _CPU_CARDS, "split")
     folder = out / "run"
-    write_run(folder, recipe, classes)
-    print_result(train(folder, plan), folder)
+    print_result(train(folder, plan, recipe, classes), folder)
     return folder
 
 

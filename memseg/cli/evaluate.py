@@ -33,7 +33,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="replace a value of the run's recipe, such as data.root; may be given again",
+        help="replace a value of the recipe's data table, such as data.root; may be given again",
     )
     parser.add_argument(
         "--device", help="where the network runs, such as cpu or cuda:1 (default: cuda where there is one)"
@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     from memseg.training.checkpoint import load_trained
     from memseg.training.recipe import override_recipe
 
+    if others := [text for text in args.overrides if not text.startswith("data.")]:
+        raise InputError(f"--set may only replace values of the data set here (data.root, ...), got {others[0]}")
     device = choose_device(args.device)
     trained = load_trained(args.trained)
     recipe = override_recipe(trained.recipe, args.overrides)

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = parsed.run(parsed)
         sys.stdout.flush()
     except MemsegError as error:
-        return _fail(command, str(error), EXIT_USER_ERROR)
+        return _fail(command, str(error), error.exit_code)
     except KeyboardInterrupt as error:
         return _fail(command, str(error) or "interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
@@ -68,9 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except OSError as error:
-        if error.filename is None or error.strerror is None:
+        if error.strerror is None:
             raise
-        return _fail(command, f"{error.filename}: {error.strerror}", EXIT_USER_ERROR)
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(command, f"{where}{error.strerror}", EXIT_USER_ERROR)
     return code
 
 

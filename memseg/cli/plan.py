@@ -7,6 +7,7 @@ from pathlib import Path
 
 from memseg.cli.console import add_command, wide_console
 from memseg.cli.planning import PlanRequest, add_cards_options
+from memseg.errors import InputError
 from memseg.levels import NormMode
 from memseg.units import parse_image
 
@@ -26,7 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("model", metavar="MODEL", help="name of a model; memseg models lists them")
     parser.add_argument("--image", metavar="HxW", required=True, help="image size, HEIGHTxWIDTH")
     parser.add_argument("--batch", type=positive_int, required=True, help="images per step")
-    parser.add_argument("--classes", type=positive_int, default=19, help="classes to tell apart (default: 19)")
+    parser.add_argument("--classes", type=class_count, default=19, help="classes to tell apart (default: 19)")
     parser.add_argument("--norm", choices=[mode.value for mode in NormMode], default=NormMode.BATCH.value)
     parser.add_argument(
         "--precision", choices=("float32", "float64"), default="float32", help="of weights and activations"
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     from memseg.planning import NothingFitsError, infeasible_json, parse_cards, save_plan
     from memseg.reports.plan import infeasible_text, plan_table
 
+    if args.output and (args.output.is_dir() or not args.output.resolve().parent.is_dir()):
+        raise InputError(f"-o must name a file in a folder that exists, got {args.output}")
     request = PlanRequest(
         model=args.model,
         num_classes=args.classes,
@@ -70,6 +73,14 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         print(f"plan written to {args.output}")
     return 0
+
+
+def class_count(text: str) -> int:
+    """An argument that counts classes: labels are uint8, and 255 marks pixels that do not count."""
+    value = positive_int(text)
+    if value > 255:
+        raise argparse.ArgumentTypeError(f"must be at most 255, for labels are uint8, got {text!r}")
+    return value
 
 
 def positive_int(text: str) -> int:

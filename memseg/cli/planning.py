@@ -94,12 +94,28 @@ class PlanRequest:
         """Single changes of the request, tried one after the other when nothing fits."""
         print("nothing fits; trying single changes", file=sys.stderr)
         for batch in sorted({self.batch - 1, self.batch // 2} - {0}, reverse=True):
-            yield Change(f"batch {batch}", partial(self._costs, batch=batch))
+            if self._is_possible(batch=batch):
+                yield Change(f"batch {batch}", partial(self._costs, batch=batch))
         if self.norm is not NormMode.FROZEN:
             yield Change("norm frozen", partial(self._costs, norm=NormMode.FROZEN))
-        for part in (3, 2):
-            height, width = (max(64, side * part // 4 // 64 * 64) for side in self.image)
-            yield Change(f"image {height}x{width}", partial(self._costs, image=(height, width)))
+        height, width = self.image
+        sizes = [(max(64, height * part // 4 // 64 * 64), max(64, width * part // 4 // 64 * 64)) for part in (3, 2)]
+        for image in dict.fromkeys(sizes):
+            if image != self.image and self._is_possible(image=image):
+                yield Change(f"image {image[0]}x{image[1]}", partial(self._costs, image=image))
+
+    def _is_possible(self, *, batch: int | None = None, image: tuple[int, int] | None = None) -> bool:
+        import torch
+
+        from memseg.models import build_model
+
+        with torch.device("meta"):
+            model = build_model(self.model, norm=self.norm)
+        try:
+            model.check_image(image or self.image, batch=batch or self.batch)
+        except InputError:
+            return False
+        return True
 
 
 def add_cards_options(parser: argparse.ArgumentParser, *, required: bool) -> None:

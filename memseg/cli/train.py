@@ -1,7 +1,9 @@
 """memseg train: a recipe carried out on the cards of a plan."""
 
 import argparse
+import fcntl
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from memseg.cli.console import add_command, print_columns, print_json
 from memseg.cli.planning import PlanRequest, add_cards_options
-from memseg.errors import InputError, MemsegError
+from memseg.errors import InputError, MemsegError, RunFailedError
 from memseg.units import format_bytes
 
 if TYPE_CHECKING:
+    from memseg.data import ClassList, SegmentationDataset
     from memseg.planning import Plan
     from memseg.training.recipe import Recipe
 
@@ -53,32 +56,34 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         MemsegError: what stopped the run, in one line.
     """
-    from memseg.training.checkpoint import CLASSES_FILE, checkpoint_folders, load_run, steps_of, write_run
+    from memseg.training.checkpoint import checkpoint_folders, load_run, steps_of
     from memseg.training.recipe import load_recipe, override_recipe
 
     if bool(args.recipe) == bool(args.resume):
         raise InputError("give either a recipe to begin with, or --resume with the folder of a run")
     if args.resume:
         folder: Path = args.resume
-        recipe = override_recipe(load_run(folder)[0], args.overrides)
+        begun, classes = load_run(folder)
+        recipe = override_recipe(begun, args.overrides)
+        _check_continues(recipe, begun)
     else:
         recipe = load_recipe(args.recipe, args.overrides)
         folder = args.out or Path("runs") / recipe.name
         if checkpoint_folders(folder):
             raise InputError(f"{folder} holds a run already; go on with --resume {folder}, or give another --out")
     dataset = recipe.data.open("train")
+    if args.resume and dataset.classes.names != classes.names:
+        raise InputError(f"{folder} learns {', '.join(classes.names)}; go on with a data set of the same classes")
     if recipe.train.evaluate_every:
         recipe.data.open("val")
     checkpoints = checkpoint_folders(folder)
-    _check(recipe, len(dataset), steps_of(checkpoints[-1]) if checkpoints else 0)
+    _check(recipe, dataset, steps_of(checkpoints[-1]) if checkpoints else 0)
     fresh = not args.resume or args.plan or args.cards or args.strategy
     if args.resume and not fresh:
         plan = _stored_plan(folder, recipe, len(dataset.classes.names))
     else:
         plan = plan_for(recipe, len(dataset.classes.names), args.plan, args.cards, args.strategy)
-    if not args.resume or not (folder / CLASSES_FILE).exists() or args.overrides:
-        write_run(folder, recipe, dataset.classes)
-    result = train(folder, plan)
+    result = train(folder, plan, recipe, dataset.classes)
     if args.json:
         print_json(result)
     else:
@@ -86,21 +91,36 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def train(folder: Path, plan: "Plan") -> dict[str, Any]:
-    """Carry out the run that is described in a folder; what its processes found.
+def train(folder: Path, plan: "Plan", recipe: "Recipe", classes: "ClassList") -> dict[str, Any]:
+    """Carry out a run in its folder, from its last checkpoint where there is one; what its processes found.
 
     Raises:
         MemsegError: what stopped it.
         KeyboardInterrupt: the user did.
     """
+    from memseg.planning import save_plan
+    from memseg.training.checkpoint import PLAN_FILE, write_run
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder} is being trained by another process; wait for it, or give another --out"
+            ) from None
+        write_run(folder, recipe, classes)
+        save_plan(plan, folder / PLAN_FILE)
+        return _launch(folder, plan)
+
+
+def _launch(folder: Path, plan: "Plan") -> dict[str, Any]:
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     from memseg.cli.worker import ERROR_FILE
-    from memseg.planning import save_plan
     from memseg.running import launch
-    from memseg.training.checkpoint import PLAN_FILE, RESULT_FILE
+    from memseg.training.checkpoint import RESULT_FILE
 
-    save_plan(plan, folder / PLAN_FILE)
     for name in (ERROR_FILE, RESULT_FILE):
         (folder / name).unlink(missing_ok=True)
     print(f"training on {', '.join(card.card for card in plan.cards)} in {folder}", file=sys.stderr)
@@ -110,8 +130,13 @@ def train(folder: Path, plan: "Plan") -> dict[str, Any]:
         raise KeyboardInterrupt(f"interrupted; go on with memseg train --resume {folder}") from None
     if code:
         error = folder / ERROR_FILE
-        reason = error.read_text(encoding="utf-8") if error.exists() else f"a process ended with exit code {code}"
-        raise MemsegError(reason)
+        if reason := error.read_text(encoding="utf-8") if error.exists() else "":
+            raise MemsegError(reason)
+        ended = f"was ended by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
+        raise RunFailedError(
+            f"a process {ended} without saying why; near a memory limit that is the likely cause; "
+            f"go on with memseg train --resume {folder}"
+        )
     result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     return result
 
@@ -161,15 +186,25 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
     print(f"\n{result['steps']} steps, last loss {result['loss']:.4f}; everything lies in {folder}")
 
 
-def _check(recipe: "Recipe", images: int, done: int) -> None:
+def _check_continues(recipe: "Recipe", begun: "Recipe") -> None:
+    """Refuse overrides that would make another network of a run."""
+    if recipe.model != begun.model or recipe.train.precision != begun.train.precision:
+        raise InputError("a run goes on with the model and the precision it began with; begin a new one for others")
+
+
+def _check(recipe: "Recipe", dataset: "SegmentationDataset", done: int) -> None:
     import torch
 
+    from memseg.data import TrainingView
     from memseg.models import build_model
     from memseg.training.trainer import training_length
 
     with torch.device("meta"):
-        build_model(recipe.model.name).check_image(recipe.data.image)
-    _, total_steps = training_length(recipe, images)
+        model = build_model(recipe.model.name, norm=recipe.model.norm)
+    model.check_image(recipe.data.image, batch=recipe.train.batch)
+    data = recipe.data
+    TrainingView(dataset, size=data.image, fit=data.fit, flip=data.flip, seed=recipe.train.seed, region=data.region)
+    _, total_steps = training_length(recipe, len(dataset))
     if done >= total_steps:
         raise InputError(
             f"the run has done {done} of {total_steps} steps, nothing is left; "
@@ -183,9 +218,12 @@ def _check(recipe: "Recipe", images: int, done: int) -> None:
 def _check_plan(plan: "Plan", recipe: "Recipe", num_classes: int) -> None:
     import torch
 
+    from memseg.errors import PlanError
     from memseg.models import build_model
-    from memseg.planning import LOSS
+    from memseg.planning import LOSS, parse_cards
 
+    if len({parse_cards(card.card)[0].kind for card in plan.cards}) > 1 or any("," in c.card for c in plan.cards):
+        raise PlanError("each card of a plan must be one card, all CUDA or all CPU; make a new one: memseg plan")
     with torch.device("meta"):
         model = build_model(recipe.model.name)
     plan.check_model(

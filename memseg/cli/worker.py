@@ -29,7 +29,15 @@ from memseg.models.objective import Objective
 from memseg.models.segmented import SegmentedModel
 from memseg.planning import LOSS, CardPlan, Plan, load_plan, parse_cards
 from memseg.profiling.measure import AllocatorPeak, watch_allocator
-from memseg.running import PipelineRunner, Runner, SingleRunner, end_with_parent, is_out_of_memory, limit_memory
+from memseg.running import (
+    PipelineRunner,
+    Runner,
+    SingleRunner,
+    end_with_parent,
+    is_out_of_memory,
+    lift_memory_limit,
+    limit_memory,
+)
 from memseg.training.checkpoint import PLAN_FILE, RESULT_FILE, load_run
 from memseg.training.recipe import Recipe
 from memseg.training.trainer import Hooks, Score, StepReport, Trainer, make_optimizer
@@ -210,6 +218,7 @@ def _in_one_line(error: Exception, card: CardPlan | None) -> str | None:
 
 def _leave_error(folder: Path, message: str) -> None:
     """The first process to fail says why; those that fail after it only lost their peer."""
+    lift_memory_limit()
     try:
         with (folder / ERROR_FILE).open("x", encoding="utf-8") as file:
             file.write(message)

@@ -162,8 +162,9 @@ def load_encoder_file(model: SegmentedModel, path: Path) -> list[str]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise InputError(
-            f"{path}: must be a torchvision DenseNet state dict saved by torch.save, got: {error}"
+            f"{path}: must be a torchvision DenseNet state dict saved by torch.save, cannot be read: {reason}"
         ) from None
     if not isinstance(weights, Mapping):
         raise InputError(f"{path}: must hold a state dict (names to tensors), got {type(weights).__name__}")

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memseg.errors import InputError, UnknownNameError
-from memseg.levels import Recompute
+from memseg.levels import NormMode, Recompute
+from memseg.nn import BatchNorm2d
 
 IMAGES = "images"
 """The name under which segments read the input batch."""
@@ -202,11 +203,12 @@ class SegmentedModel(SegmentGraph):
         self.check_image(cast(tuple[int, int], tuple(images.shape[2:])))
         return self.run(images)
 
-    def check_image(self, size: tuple[int, int]) -> None:
-        """Do nothing where (height, width) suits the model.
+    def check_image(self, size: tuple[int, int], *, batch: int | None = None) -> None:
+        """Do nothing where (height, width) suits the model, and a training batch of so many such images too.
 
         Raises:
-            InputError: a side is not a multiple of `output_stride`; names the nearest size that is.
+            InputError: a side is not a multiple of `output_stride`, and which size is nearest; or the coarsest map of
+                the whole batch has a single value per channel, of which batch norm can take no statistics.
         """
         stride = self.output_stride
         if any(side < stride or side % stride for side in size):
@@ -214,4 +216,10 @@ class SegmentedModel(SegmentGraph):
             raise InputError(
                 f"image sides must be multiples of {stride} (the output stride of {self.name}), "
                 f"got {size[0]}x{size[1]}; nearest is {nearest}"
+            )
+        counts = any(isinstance(module, BatchNorm2d) and module.norm is NormMode.BATCH for module in self.modules())
+        if batch is not None and counts and batch * (size[0] // stride) * (size[1] // stride) == 1:
+            raise InputError(
+                f"batch statistics need more than one value per channel, and one image of {size[0]}x{size[1]} is a "
+                f"single value at the coarsest map of {self.name}; take a batch of 2, a larger image, or frozen norm"
             )

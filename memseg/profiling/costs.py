@@ -65,7 +65,7 @@ def model_costs(
     """
     with FakeTensorMode():
         model = build().train()
-        model.check_image(image)
+        model.check_image(image, batch=batch)
         dtype = next(model.parameters()).dtype
         images = torch.empty(batch, 3, *image, dtype=dtype)
         target = torch.empty(batch, *image, dtype=torch.uint8)

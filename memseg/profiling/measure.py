@@ -77,7 +77,7 @@ def measure_step(
     """
     with watch_allocator() as peak:
         model = build().train()
-        model.check_image(image)
+        model.check_image(image, batch=batch)
         model.set_recompute(recompute)
         objective = Objective(aux_weight)
         stepper = optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])

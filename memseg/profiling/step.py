@@ -96,7 +96,7 @@ def profile_step(
     """
     with FakeTensorMode():
         model = build().train()
-        model.check_image(image)
+        model.check_image(image, batch=batch)
         model.set_recompute(recompute)
         objective = Objective(aux_weight)
         timeline, work = _trace(model, objective, optimizer, image=image, batch=batch, device=device)

@@ -7,6 +7,7 @@ more than 8 GiB above what the interpreter held once torch was loaded.
 Source: setrlimit(2); since Linux 4.7 RLIMIT_DATA counts private writable mappings.
 """
 
+import errno
 import resource
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def limit_memory(device: torch.device, capacity_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
+def lift_memory_limit() -> None:
+    """Undo the system's limit, so that a process that ran into it can say so."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
 def _data_bytes() -> int:
     """What the kernel counts against RLIMIT_DATA now."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -48,8 +55,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error, or what caused it, says that the device's memory is exhausted."""
     seen: BaseException | None = error
     while seen is not None:
-        text = str(seen)
-        if isinstance(seen, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        if isinstance(seen, torch.OutOfMemoryError | MemoryError):
+            return True
+        # The second is what a thread says that cannot get its stack.
+        if any(sign in str(seen) for sign in ("can't allocate memory", "Resource temporarily unavailable")):
+            return True
+        if isinstance(seen, OSError) and seen.errno == errno.ENOMEM:
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -53,9 +53,12 @@ class PipelineRunner:
             loss_fn=lambda outputs, target: objective(*outputs, target),
         )
         self._evaluating: dict[tuple[int, ...], ScheduleGPipe] = {}
+        """The schedule of the last shape that was evaluated, and no other."""
 
     def step(self, images: Tensor | None, target: Tensor | None) -> Tensor | None:
         """Forward and backward of one batch; the loss on the last stage."""
+        # What an evaluation received lies in buffers that training has been promised.
+        self._evaluating.clear()
         losses: list[Tensor] = []
         batch = (images,) if self.reads_images else ()
         labels = target if self.knows_loss else None
@@ -67,6 +70,7 @@ class PipelineRunner:
         """Coarse logits on the last stage; elsewhere one zero per class, to stand for them."""
         shape = tuple(images.shape)
         if shape not in self._evaluating:
+            self._evaluating.clear()
             self._evaluating[shape] = ScheduleGPipe(self._pipeline_stage(shape), n_microbatches=1)
         outputs = self._evaluating[shape].eval(*((images,) if self.reads_images else ()))
         if not self.knows_loss:

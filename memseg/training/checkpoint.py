@@ -117,6 +117,7 @@ def load_trained(path: Path) -> TrainedModel:
     Raises:
         CheckpointError: there is no run, no checkpoint in it, or it is damaged.
     """
+    path = path.resolve()
     run = path.parent.parent if path.parent.name == CHECKPOINTS_FOLDER else path
     recipe, classes = load_run(run)
     folders = [path] if run is not path else checkpoint_folders(run)

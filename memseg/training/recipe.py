@@ -297,7 +297,7 @@ def parse_recipe(values: dict[str, Any], where: str, overrides: Sequence[str] = 
     values = json.loads(json.dumps(values, default=str))
     problems = [problem for override in overrides if (problem := _apply_override(values, override))]
     try:
-        recipe = Recipe.model_validate_json(json.dumps(values))
+        recipe = Recipe.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise RecipeError(where, problems + describe_problems(error, Recipe)) from None
     if problems:

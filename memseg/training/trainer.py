@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from memseg.data import SegmentationDataset, TrainingView
-from memseg.errors import InputError, MemsegError
+from memseg.errors import InputError, MemsegError, PlanError
 from memseg.profiling.step import create_optimizer_state
 from memseg.running import Runner
 from memseg.training.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
@@ -70,6 +70,8 @@ def make_optimizer(recipe: Recipe, module: nn.Module, encoder: tuple[str, ...]) 
         if parameter.requires_grad:
             scale = factor if name.split(".")[1] in encoder else 1.0
             groups.setdefault(scale, []).append(parameter)
+    if not groups:
+        raise PlanError("each card of a plan must have something to train, one has no parameters; make a new plan")
     return torch.optim.Adam(
         [{"params": parameters, "lr_scale": scale} for scale, parameters in groups.items()],
         lr=options.lr,
@@ -161,7 +163,6 @@ class Trainer:
         try:
             while step < self.total_steps:
                 epoch, position = divmod(step, self._steps_per_epoch)
-                self._runner.module.train()
                 for batch in self._batches(epoch, position):
                     report = self._step(step, batch)
                     step += 1
@@ -170,11 +171,12 @@ class Trainer:
                         self._hooks.stepped(report)
                     if log and report and (step % self._recipe.train.log_every == 0 or step == self.total_steps):
                         log.write(step, {"loss": report.loss, "lr": report.lr, "step_seconds": report.seconds})
+                    # Before the checkpoint: a run that is killed meanwhile is evaluated when it goes on.
+                    self._evaluate(step, log)
                     if step == self.total_steps or step % self._recipe.train.checkpoint_every == 0:
                         self._save(step)
                     if step == self.total_steps:
                         break
-                self._evaluate(step, log)
         finally:
             if log:
                 log.close()
@@ -186,6 +188,7 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self._optimizer.zero_grad(set_to_none=True)
+        self._runner.module.train()
         # Popped, so that where these are copies the batch itself is free during the step.
         images = batch.pop("image").to(self._device, self._dtype) if "image" in batch else None
         target = batch.pop("target").to(self._device) if "target" in batch else None
