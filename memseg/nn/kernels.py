@@ -29,7 +29,7 @@ from memseg.nn.batch_norm import BatchNorm2d
 _aten = torch.ops.aten
 
 _TILE_BYTES = {"cpu": 2 * 2**20}
-"""Scratch that stays in a core's share of the cache. Measured with `python -m benchmarks.training_step`."""
+"""Scratch that stays in the processor's caches between the passes over a tile."""
 _TILE_BYTES_ELSEWHERE = 64 * 2**20
 """On an accelerator few large products beat many small ones; 64 MiB is small beside any card."""
 
