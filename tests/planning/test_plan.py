@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -187,10 +188,10 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
     path.write_text("old")
 
     def full_disk(_: int) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
         save_plan(make_plan(tiny(), parse_cards("cpu:12GiB")), path)
     assert path.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
