@@ -4,11 +4,14 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
+from typing import Literal
 
 from memseg.cli.console import progress_bar
 from memseg.errors import InputError
 from memseg.levels import NormMode
 from memseg.planning import Card, Change, ModelCosts, Plan, make_plan
+
+Strategy = Literal["auto", "single", "split"]
 
 
 class PlanRequest:
@@ -49,7 +52,7 @@ class PlanRequest:
         self.norm, self.precision, self.aux_weight = norm, precision, aux_weight
         self.cards, self._kind = cards, kinds[0]
 
-    def plan(self, strategy: str = "auto") -> Plan:
+    def plan(self, strategy: Strategy = "auto") -> Plan:
         """The best plan, with progress on standard error.
 
         Args:
@@ -61,7 +64,7 @@ class PlanRequest:
         return make_plan(
             self._own_costs,
             self.cards,
-            strategy=strategy,  # type: ignore[arg-type]
+            strategy=strategy,
             changes=self._changes(),
         )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memseg.cli.console import add_command, print_columns, print_json
-from memseg.cli.planning import PlanRequest, add_cards_options
+from memseg.cli.planning import PlanRequest, Strategy, add_cards_options
 from memseg.errors import InputError, MemsegError, RunFailedError
 from memseg.units import format_bytes
 
@@ -142,7 +142,7 @@ def _launch(folder: Path, plan: "Plan") -> dict[str, Any]:
 
 
 def plan_for(
-    recipe: "Recipe", num_classes: int, plan_file: Path | None, cards: str | None, strategy: str | None
+    recipe: "Recipe", num_classes: int, plan_file: Path | None, cards: str | None, strategy: Strategy | None
 ) -> "Plan":
     """The plan in a file, checked against the recipe, or a new one.
 

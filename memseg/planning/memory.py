@@ -19,6 +19,9 @@ What is alive, for a stage of segments i..j:
                     maker's backward, and of tensors that came from an earlier stage until all backward is over
     optimizer step  all parameter gradients
 
+What leaves a stage crosses as a contiguous copy; where the batch is larger than one and a segment here saves the tensor
+too, both are alive. On the last card of a split the pipeline holds the model's outputs until backward is over.
+
 A tensor that skips the stage unread needs a third buffer throughout backward: autograd copies the gradient that it is
 handed for a leaf. Left out: the gradient of the loss, a scalar, and what the optimizer's arithmetic takes for itself.
 """
