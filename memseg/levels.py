@@ -23,3 +23,5 @@ class NormMode(StrEnum):
     """The statistics of the batch; running statistics follow it."""
     FROZEN = "frozen"
     """Running statistics, never updated, and a fixed affine: the paper's frozen-BN."""
+    SYNCED = "synced"
+    """The statistics of the batches of all replicas together; with one replica, the same as `batch`."""

@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from memseg.errors import InputError, ProblemsError
 from memseg.levels import NormMode, Recompute
 from memseg.models.segmented import IMAGES, Segment, SegmentedModel
-from memseg.nn import BatchNorm2d, DenseBlock, NormReluConv, recompute
+from memseg.nn import BatchNorm2d, DenseBlock, NormReluConv, conv_norm_relu_pool
+from memseg.nn.autograd import is_traced
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class DenseNetConfig:
 class Stem(nn.Module):
     """7x7 stride-2 convolution, BN, ReLU, 2x2 max-pooling: (N, 3, H, W) to (N, C, H / 4, W / 4).
 
-    Levels: `none` keeps all; `norms` keeps the convolution's output; `units` and `segment` keep only the images.
+    Levels: `none` keeps all; `norms` keeps the convolution's output; `units` and `segment` keep only the images and a
+    byte for each number of the result.
     """
 
     levels: ClassVar[tuple[Recompute, ...]] = (Recompute.NONE, Recompute.NORMS, Recompute.UNITS)
@@ -56,18 +58,15 @@ class Stem(nn.Module):
         super().__init__()
         self.conv0 = nn.Conv2d(3, out_channels, 7, stride=2, padding=3, bias=False)
         self.norm0 = BatchNorm2d(out_channels, norm=norm)
+        self.pool0 = nn.MaxPool2d(2)
         self.recompute = recompute
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) to (N, C, H / 4, W / 4)."""
-        if self.recompute is Recompute.NONE:
-            return self._finish(self.conv0(images))
-        if self.recompute is Recompute.NORMS:
-            return recompute(self._finish, self.conv0(images))
-        return recompute(lambda x: self._finish(self.conv0(x)), images)
-
-    def _finish(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(F.relu(self.norm0(x), inplace=True), 2)
+        if is_traced() or (self.recompute is Recompute.NONE and torch.is_grad_enabled()):
+            return cast(Tensor, self.pool0(F.relu(self.norm0(self.conv0(images)), inplace=True)))
+        keep_conv = self.recompute is Recompute.NORMS
+        return conv_norm_relu_pool(images, conv=self.conv0, norm=self.norm0, pool=self.pool0, keep_conv=keep_conv)
 
 
 class HalfPool(nn.Module):

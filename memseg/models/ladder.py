@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from memseg.levels import NormMode, Recompute
 from memseg.models.densenet import DenseNetConfig, Encoder, densenet_encoder
 from memseg.models.segmented import Segment, SegmentedModel
-from memseg.nn import Blend, NormReluConv, recompute
+from memseg.nn import Blend, NormReluConv, rebuild
 
 
 class Context(nn.Module):
@@ -52,7 +52,7 @@ class Context(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, H, W)."""
         if self._recompute is Recompute.SEGMENT:
-            return recompute(self._run, x)
+            return rebuild(self._run, x)
         return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:

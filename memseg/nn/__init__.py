@@ -1,10 +1,12 @@
 """Layers that keep far fewer activations from forward to backward, at the plain network's gradients."""
 
 from memseg.nn.batch_norm import BatchNorm2d, statistics_paused
+from memseg.nn.chains import fused_kernels
 from memseg.nn.dense_block import DenseBlock, DenseLayer
 from memseg.nn.loss import IGNORE_INDEX, banded_cross_entropy
-from memseg.nn.norm_relu_conv import Blend, NormReluConv
-from memseg.nn.recompute import recompute
+from memseg.nn.norm_relu_conv import Blend, NormReluConv, norm_relu_conv
+from memseg.nn.recompute import rebuild
+from memseg.nn.stem import conv_norm_relu_pool
 
 __all__ = [
     "IGNORE_INDEX",
@@ -14,6 +16,9 @@ __all__ = [
     "DenseLayer",
     "NormReluConv",
     "banded_cross_entropy",
-    "recompute",
+    "conv_norm_relu_pool",
+    "fused_kernels",
+    "norm_relu_conv",
+    "rebuild",
     "statistics_paused",
 ]

@@ -3,44 +3,36 @@
 A dense layer reads everything before it. Plain autograd keeps every layer's own concatenated, normalised input:
 O(depth^2) bytes, although the layers' outputs together are only O(depth). So the block is one autograd node:
 
-- One channel-major buffer holds all features: a prefix of channels is a matrix, concatenation is free, and the block's
-  output is the buffer itself.
+- One channels-last buffer holds all features: a prefix of channels is a matrix with a row stride, concatenation is
+  free, and the block's output is the buffer itself.
 - A channel's batch statistics never change once it is written: they are computed once, not once per reader.
-- The bottleneck's input is normalised and multiplied tile by tile (`memseg.nn.kernels`); it never exists whole.
+- The normalised inputs of both convolutions are made band by band (`memseg.nn.operators`); they never exist whole.
 - Backward walks the layers in reverse over one gradient buffer and rebuilds one bottleneck at a time.
 
 Recompute levels: `none` is the plain network under autograd; `norms` also keeps the bottlenecks; `units` keeps the
-buffer alone; `segment` keeps only the block's input and fills the buffer again in backward.
+buffer alone; `segment` keeps only the block's input and fills the buffer again in backward. With dropout, all but
+`none` and `segment` also keep its masks, a byte for each number that a layer makes.
 
 Source: Huang et al., arXiv:1608.06993; Pleiss et al., arXiv:1707.06990.
 """
 
+from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from memseg.levels import NormMode, Recompute
-from memseg.nn.batch_norm import BatchNorm2d
-from memseg.nn.kernels import (
-    Line,
-    NormRelu,
-    Statistics,
-    batch_statistics,
-    convolution_backward,
-    from_channels,
-    mask_,
-    project,
-    project_backward,
-    statistics_for,
-    to_channels,
-)
-from memseg.nn.recompute import recompute
+from memseg.nn.autograd import compute_dtype, is_traced, once_differentiable, refuse_scripting, without_autocast
+from memseg.nn.batch_norm import BatchNorm2d, Statistics, batch_statistics
+from memseg.nn.layout import channels_last, empty_map, pixels
+from memseg.nn.norm_relu import Line, NormRelu
+from memseg.nn.operators import convolve, convolve_backward, project, project_backward
+from memseg.nn.ownership import take_over
+from memseg.nn.recompute import rebuild
 
 _PARAMETERS_PER_LAYER = 6
-_STATISTICS_PER_LAYER = 4
 
 
 class DenseLayer(nn.Module):
@@ -50,21 +42,31 @@ class DenseLayer(nn.Module):
         in_channels: Channels it reads.
         growth_rate: Channels it adds.
         bn_size: Bottleneck width, in multiples of `growth_rate`.
+        drop_rate: Probability that dropout zeroes a number it adds.
         norm: Mode of both norms.
     """
 
-    def __init__(self, in_channels: int, growth_rate: int, *, bn_size: int = 4, norm: NormMode) -> None:
+    def __init__(
+        self, in_channels: int, growth_rate: int, *, bn_size: int = 4, drop_rate: float = 0.0, norm: NormMode
+    ) -> None:
         super().__init__()
         width = bn_size * growth_rate
         self.norm1 = BatchNorm2d(in_channels, norm=norm)
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.norm2 = BatchNorm2d(width, norm=norm)
         self.conv2 = nn.Conv2d(width, growth_rate, 3, padding=1, bias=False)
+        self.drop_rate = drop_rate
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, growth_rate, H, W)."""
         bottleneck = self.conv1(F.relu(self.norm1(features), inplace=True))
-        return cast(Tensor, self.conv2(F.relu(self.norm2(bottleneck), inplace=True)))
+        grown = cast(Tensor, self.conv2(F.relu(self.norm2(bottleneck), inplace=True)))
+        return F.dropout(grown, self.drop_rate, self.training) if self.drops else grown
+
+    @property
+    def drops(self) -> bool:
+        """Whether a forward now would drop anything."""
+        return self.training and self.drop_rate > 0
 
     def node_parameters(self) -> tuple[Tensor, ...]:
         """In the order that the autograd node takes them."""
@@ -86,11 +88,14 @@ class DenseBlock(nn.Module):
         in_channels: Channels of its input.
         growth_rate: Channels that each layer adds.
         bn_size: Bottleneck width, in multiples of `growth_rate`.
+        drop_rate: Of dropout behind each layer, 0..1.
         norm: Mode of all norms.
         recompute: What to rebuild in backward; may be changed at any time.
 
+    Under autocast the whole block computes in autocast's dtype, its input included.
+
     Raises:
-        ValueError: `num_layers`, `in_channels` or `growth_rate` is less than 1.
+        ValueError: `num_layers`, `in_channels` or `growth_rate` is less than 1, or `drop_rate` not within 0..1.
     """
 
     levels: ClassVar[tuple[Recompute, ...]] = tuple(Recompute)
@@ -102,6 +107,7 @@ class DenseBlock(nn.Module):
         in_channels: int,
         growth_rate: int,
         bn_size: int = 4,
+        drop_rate: float = 0.0,
         norm: NormMode = NormMode.BATCH,
         recompute: Recompute = Recompute.NONE,
     ) -> None:
@@ -111,11 +117,15 @@ class DenseBlock(nn.Module):
                 "num_layers, in_channels and growth_rate must be at least 1, "
                 f"got {num_layers}, {in_channels} and {growth_rate}"
             )
-        self.in_channels, self.growth_rate = in_channels, growth_rate
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate must be at least 0 and less than 1, got {drop_rate}")
+        self.in_channels, self.growth_rate, self.width = in_channels, growth_rate, bn_size * growth_rate
         self.out_channels = in_channels + num_layers * growth_rate
         self.recompute = recompute
         for index in range(num_layers):
-            layer = DenseLayer(in_channels + index * growth_rate, growth_rate, bn_size=bn_size, norm=norm)
+            layer = DenseLayer(
+                in_channels + index * growth_rate, growth_rate, bn_size=bn_size, drop_rate=drop_rate, norm=norm
+            )
             self.add_module(f"denselayer{index + 1}", layer)
 
     @property
@@ -124,18 +134,35 @@ class DenseBlock(nn.Module):
         return [cast(DenseLayer, layer) for layer in self.children()]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) to (N, out_channels, H, W); channel-major in memory unless the level is `none`."""
-        if self.recompute is Recompute.NONE and torch.is_grad_enabled():
+        """(N, in_channels, H, W) to (N, out_channels, H, W), channels-last unless the level is `none`."""
+        if is_traced() or (self.recompute is Recompute.NONE and torch.is_grad_enabled()):
             for layer in self.layers:
                 x = torch.cat([x, layer(x)], 1)
             return x
         if self.recompute is Recompute.SEGMENT:
-            return recompute(self._node, x)
+            return rebuild(self._node, x)
         return self._node(x)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _node(self, x: Tensor) -> Tensor:
         parameters = [parameter for layer in self.layers for parameter in layer.node_parameters()]
-        return cast(Tensor, _DenseBlockNode.apply(self, x, *parameters))
+        dtype = compute_dtype(x)
+        with without_autocast(x.device.type):
+            return cast(Tensor, _DenseBlockNode.apply(self, x.to(dtype), *parameters))
+
+    def __prepare_scriptable__(self) -> None:
+        refuse_scripting(self)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What backward knows of one layer beside the tensors that autograd keeps."""
+
+    channels: int
+    """Channels that it reads."""
+    norm1: NormRelu
+    norm2: NormRelu
+    keep_rate: float
 
 
 class _DenseBlockNode(torch.autograd.Function):
@@ -144,88 +171,145 @@ class _DenseBlockNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: DenseBlock, x: Tensor, *parameters: Tensor) -> Tensor:
         batch, _, height, width = x.shape
-        columns = batch * height * width
+        out = empty_map(x, batch, block.out_channels, (height, width))
+        out[:, : block.in_channels].copy_(x)
+        features = pixels(out)
         layers = block.layers
-        growth = block.growth_rate
-        shared = layers[0].norm1.uses_batch_statistics
-        buffer = x.new_empty(block.out_channels, columns)
-        from_channels(buffer[: block.in_channels], batch, (height, width)).copy_(x)
-        mean, var = x.new_empty(block.out_channels), x.new_empty(block.out_channels)
-        measured = 0
-        bottlenecks: list[Tensor] = []
+        uses_batch = layers[0].norm1.uses_batch_statistics
+        known = _Known(block, x) if uses_batch else None
+        bottleneck = empty_map(x, batch, block.width, (height, width))
+        notes: list[_Layer] = []
         statistics: list[Tensor] = []
+        bottlenecks: list[Tensor] = []
+        masks: list[Tensor] = []
         for index, layer in enumerate(layers):
-            channels = block.in_channels + index * growth
-            features = buffer[:channels]
-            if shared:
-                mean[measured:channels], var[measured:channels] = batch_statistics(buffer[measured:channels])
-                measured = channels
-                first = Statistics(mean[:channels], var[:channels])
-                layer.norm1.follow(*first, columns)
-            else:
-                first = Statistics(layer.norm1.running_mean, layer.norm1.running_var)
-            norm1 = NormRelu(layer.norm1.weight, layer.norm1.bias, first, layer.norm1.eps, shared)
-            bottleneck = project(features, norm1, layer.conv1.weight.flatten(1))
-            second = statistics_for(layer.norm2, bottleneck)
-            norm2 = NormRelu(layer.norm2.weight, layer.norm2.bias, second, layer.norm2.eps, shared)
-            normalised = norm2.images(bottleneck, batch, (height, width))
+            channels = block.in_channels + index * block.growth_rate
+            if block.recompute is Recompute.NORMS and bottlenecks:
+                bottleneck = torch.empty_like(bottleneck)
+            first = known.of(layer.norm1, channels) if known else layer.norm1.running_statistics
+            norm1 = NormRelu.of(layer.norm1, first)
+            conv1, conv2 = layer.conv1.weight.to(x.dtype).flatten(1), layer.conv2.weight.to(x.dtype)
+            project(features[:, :channels], norm1.scale, norm1.shift, conv1, None, pixels(bottleneck))
+            norm2 = NormRelu.of(layer.norm2, layer.norm2.statistics(bottleneck))
+            grown = out[:, channels : channels + block.growth_rate]
+            convolve([bottleneck], norm2.scale, norm2.shift, conv2, None, 1, grown)
+            if layer.drops:
+                dropped, mask = torch.native_dropout(channels_last(grown), layer.drop_rate, True)
+                grown.copy_(dropped)
+                masks.append(mask)
+                del dropped
+            if known and index + 1 < len(layers):
+                known.learn(channels_last(grown))
             if block.recompute is Recompute.NORMS:
                 bottlenecks.append(bottleneck)
-            del bottleneck
-            grown = F.conv2d(normalised, layer.conv2.weight, padding=1)
-            from_channels(buffer[channels : channels + growth], batch, (height, width)).copy_(grown)
-            del normalised, grown
-            statistics += [*first, *second]
-        out = from_channels(buffer, batch, (height, width))
-        ctx.batch_statistics, ctx.growth, ctx.in_channels = shared, growth, block.in_channels
-        ctx.eps = [(layer.norm1.eps, layer.norm2.eps) for layer in layers]
-        ctx.save_for_backward(out, *parameters, *statistics, *bottlenecks)
+            statistics += [*first[:2], *norm2.statistics[:2]]
+            keep_rate = 1 - layer.drop_rate if layer.drops else 1.0
+            notes.append(_Layer(channels, norm1.without_tensors(), norm2.without_tensors(), keep_rate))
+        ctx.layers, ctx.in_channels, ctx.growth, ctx.width = notes, block.in_channels, block.growth_rate, block.width
+        ctx.save_for_backward(out, *parameters, *statistics, *masks, *bottlenecks)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         out, *saved = ctx.saved_tensors
-        num_layers = len(ctx.eps)
-        parameters = saved[: num_layers * _PARAMETERS_PER_LAYER]
-        statistics = saved[len(parameters) : len(parameters) + num_layers * _STATISTICS_PER_LAYER]
-        bottlenecks = saved[len(parameters) + len(statistics) :]
+        layers: list[_Layer] = ctx.layers
+        parameters, saved = _split(saved, len(layers) * _PARAMETERS_PER_LAYER)
+        statistics, saved = _split(saved, len(layers) * 4)
+        masks, bottlenecks = _split(saved, sum(layer.keep_rate < 1 for layer in layers))
         batch, _, height, width = out.shape
-        size = (height, width)
-        buffer = to_channels(out)
-        grad = torch.empty_like(buffer)
-        from_channels(grad, batch, size).copy_(grad_out)
-        line = Line(buffer.shape[0], buffer)
+        features = pixels(out)
+        grad_map = take_over(grad_out, like=out)
+        del grad_out
+        grad = pixels(grad_map)
+        wide = statistics[0]
+        line = Line(features.shape[1], wide)
+        bottleneck = out.new_empty(0)
+        if not bottlenecks:
+            bottleneck = empty_map(out, batch, ctx.width, (height, width))
+        grad_bottleneck = empty_map(out, batch, ctx.width, (height, width))
         gradients: list[tuple[Tensor, ...]] = []
-        for index in reversed(range(num_layers)):
+        for index in reversed(range(len(layers))):
+            layer = layers[index]
             weight1, bias1, conv1, weight2, bias2, conv2 = parameters[index * _PARAMETERS_PER_LAYER :][:6]
-            mean1, var1, mean2, var2 = statistics[index * _STATISTICS_PER_LAYER :][:4]
-            eps1, eps2 = ctx.eps[index]
-            channels = ctx.in_channels + index * ctx.growth
-            norm1 = NormRelu(weight1, bias1, Statistics(mean1, var1), eps1, ctx.batch_statistics)
-            norm2 = NormRelu(weight2, bias2, Statistics(mean2, var2), eps2, ctx.batch_statistics)
-            features, projection = buffer[:channels], conv1.flatten(1)
-            line.add_to(grad, buffer, channels, channels + ctx.growth)
-            bottleneck = bottlenecks[index] if bottlenecks else project(features, norm1, projection)
-            normalised = norm2.images(bottleneck, batch, size)
-            grad_grown = from_channels(grad[channels : channels + ctx.growth], batch, size)
-            grad_normalised, grad_conv2 = convolution_backward(grad_grown, normalised, conv2, padding=1, dilation=1)
-            mask_(grad_normalised, normalised)
-            del normalised
-            grad_rows = to_channels(grad_normalised)
-            del grad_normalised
-            grad_bottleneck, grad_weight2, grad_bias2 = norm2.backward(grad_rows, bottleneck)
-            del grad_rows, bottleneck
-            grad_conv1, grad_weight1, grad_bias1 = project_backward(
-                grad_bottleneck, features, norm1, projection, grad=grad[:channels], line=line
+            norm1 = layer.norm1.over(weight1, bias1, *statistics[4 * index : 4 * index + 2])
+            norm2 = layer.norm2.over(weight2, bias2, *statistics[4 * index + 2 : 4 * index + 4])
+            read, made = features[:, : layer.channels], slice(layer.channels, layer.channels + ctx.growth)
+            line.add_to(grad, features, made)
+            grad_grown = grad_map[:, made]
+            if layer.keep_rate < 1:
+                grad_grown.mul_(masks.pop()).div_(layer.keep_rate)
+            projection = conv1.to(out.dtype).flatten(1)
+            if bottlenecks:
+                bottleneck = bottlenecks.pop()
+            else:
+                project(read, norm1.scale, norm1.shift, projection, None, pixels(bottleneck))
+            grad_conv2, sums = convolve_backward(
+                grad_grown,
+                [bottleneck],
+                norm2.scale,
+                norm2.shift,
+                norm2.statistics.mean,
+                conv2.to(out.dtype),
+                1,
+                [grad_bottleneck],
+                norm2.needs_sums,
             )
-            del grad_bottleneck
+            second = norm2.gradients(sums)
+            norm2.complete_(pixels(grad_bottleneck), pixels(bottleneck), second)
+            grad_conv1, sums = project_backward(
+                pixels(grad_bottleneck),
+                read,
+                norm1.scale,
+                norm1.shift,
+                norm1.statistics.mean,
+                projection,
+                grad[:, : layer.channels],
+                True,
+                norm1.needs_sums,
+            )
+            first = norm1.gradients(sums)
+            line.add(first)
             gradients.append(
-                (grad_weight1, grad_bias1, grad_conv1.view_as(conv1), grad_weight2, grad_bias2, grad_conv2)
+                (first.weight, first.bias, grad_conv1.view_as(conv1), second.weight, second.bias, grad_conv2)
             )
-        line.add_to(grad, buffer, 0, ctx.in_channels)
-        # A copy, so that the gradient of the whole buffer does not stay alive behind that of the input.
-        grad_x = from_channels(grad[: ctx.in_channels].clone(), batch, size)
-        flat = [gradient for layer in reversed(gradients) for gradient in layer]
+        line.add_to(grad, features, slice(0, ctx.in_channels))
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            # A copy, so that the gradient of the whole buffer does not stay alive behind that of the input.
+            grad_x = empty_map(out, batch, ctx.in_channels, (height, width)).copy_(grad_map[:, : ctx.in_channels])
+        flat = [gradient for layer_gradients in reversed(gradients) for gradient in layer_gradients]
         wanted = ctx.needs_input_grad[2:]
-        return None, grad_x, *(gradient if needed else None for gradient, needed in zip(flat, wanted, strict=True))
+        return None, grad_x, *(
+            gradient.to(parameter.dtype) if needed else None
+            for gradient, parameter, needed in zip(flat, parameters, wanted, strict=True)
+        )
+
+
+class _Known:
+    """Batch statistics of the channels written so far, each computed once."""
+
+    def __init__(self, block: DenseBlock, x: Tensor) -> None:
+        first = batch_statistics(x)
+        self._mean, self._var = (part.new_empty(block.out_channels - block.growth_rate) for part in first[:2])
+        self._count, self._channels, self._norm = first.count, 0, block.layers[0].norm1
+        self._write(first)
+
+    def learn(self, grown: Tensor) -> None:
+        """Of channels that have just been written, (N, growth_rate, H, W)."""
+        self._write(batch_statistics(grown))
+
+    def of(self, norm: BatchNorm2d, channels: int) -> Statistics:
+        """Of the first channels, all replicas' together; the running ones of `norm` follow."""
+        return norm.follow(Statistics(self._mean[:channels], self._var[:channels], self._count))
+
+    def _write(self, part: Statistics) -> None:
+        part = self._norm.join_replicas(part)
+        self._count = part.count
+        stop = self._channels + part.mean.numel()
+        self._mean[self._channels : stop], self._var[self._channels : stop] = part.mean, part.var
+        self._channels = stop
+
+
+def _split(tensors: list[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:
+    return tensors[:count], tensors[count:]

@@ -2,7 +2,7 @@
 
 Outside its dense blocks a ladder DenseNet is made of these: transitions (with 2x2 average pooling), skip projections,
 the context, logits, and blends, which first upsample one input and join it to another. Plain autograd keeps the
-joined map, the rectified map and the pooling's input; here they are rebuilt from the unit's inputs.
+joined map, the rectified map and the pooling's input; here they are rebuilt, band by band, from the unit's inputs.
 """
 
 from typing import Any, ClassVar, cast
@@ -10,23 +10,20 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from memseg.levels import NormMode, Recompute
+from memseg.nn.autograd import compute_dtype, is_traced, once_differentiable, refuse_scripting, without_autocast
 from memseg.nn.batch_norm import BatchNorm2d
-from memseg.nn.kernels import (
-    Line,
-    NormRelu,
-    Statistics,
-    average_pool,
-    average_pool_backward,
-    convolution_backward,
-    from_channels,
-    mask_,
+from memseg.nn.join import join, joined_size, joined_statistics, upsample_backward
+from memseg.nn.layout import as_pixels, channels_last, empty_map, pixels
+from memseg.nn.norm_relu import Line, NormRelu
+from memseg.nn.operators import (
+    convolve,
+    convolve_backward,
     project,
     project_backward,
-    statistics_for,
-    to_channels,
+    project_pooled,
+    project_pooled_backward,
 )
 
 
@@ -42,6 +39,8 @@ class NormReluConv(nn.Module):
         pool: Whether 2x2 average pooling follows, as in a DenseNet transition.
         norm: Mode of the norm.
         recompute: `none` is the plain network under autograd; any other level keeps only the unit's inputs.
+
+    Under autocast the unit computes in autocast's dtype, its inputs included.
 
     Raises:
         ValueError: `kernel_size` is neither 1 nor 3, or pooling is asked of a 3x3 convolution.
@@ -74,11 +73,13 @@ class NormReluConv(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """(N, C, H, W), or a coarse and a fine map to be joined as in `join`, to (N, out_channels, H, W)."""
-        if self.recompute is Recompute.NONE and torch.is_grad_enabled():
+        if is_traced() or (self.recompute is Recompute.NONE and torch.is_grad_enabled()):
             out = self.conv(F.relu(self.norm(join(*inputs)), inplace=True))
             return F.avg_pool2d(out, 2) if self.pool else cast(Tensor, out)
-        parameters = (self.norm.weight, self.norm.bias, self.conv.weight, self.conv.bias)
-        return cast(Tensor, _UnitNode.apply(self, *parameters, *inputs))
+        return norm_relu_conv(*inputs, norm=self.norm, conv=self.conv, pool=self.pool)
+
+    def __prepare_scriptable__(self) -> None:
+        refuse_scripting(self)
 
 
 class Blend(NormReluConv):
@@ -102,24 +103,24 @@ class Blend(NormReluConv):
         super().__init__(coarse_channels + skip_channels, out_channels, kernel_size=3, norm=norm, recompute=recompute)
 
 
-def join(*inputs: Tensor) -> Tensor:
-    """One map as it is; of two, the first upsampled bilinearly to the second's size, then both concatenated."""
-    if len(inputs) == 1:
-        return inputs[0]
-    coarse, skip = inputs
-    upsampled = F.interpolate(coarse, skip.shape[2:], mode="bilinear", align_corners=False)
-    return torch.cat([upsampled, skip], 1)
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def norm_relu_conv(*inputs: Tensor, norm: BatchNorm2d, conv: nn.Conv2d, pool: bool = False) -> Tensor:
+    """conv(relu(norm(x))) as one autograd node that keeps only its inputs and the norm's statistics.
 
+    Args:
+        inputs: x (N, C, H, W); or a coarse and a fine map, which are joined as in `join`.
+        norm: Of all C channels.
+        conv: Stride 1, one group, an odd square kernel, and as much padding by zeros as keeps the size.
+        pool: Whether 2x2 average pooling follows; with a 1x1 kernel and one input only.
 
-def _join_backward(grad: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    if len(inputs) == 1:
-        return [grad]
-    coarse, skip = inputs
-    channels = coarse.shape[1]
-    grad_coarse = torch.ops.aten.upsample_bilinear2d_backward(
-        grad[:, :channels].contiguous(), list(skip.shape[2:]), list(coarse.shape), False, None, None
-    )
-    return [grad_coarse, grad[:, channels:].contiguous()]
+    Returns:
+        (N, O, H, W), or (N, O, H // 2, W // 2) with `pool`; channels-last.
+    """
+    dtype = compute_dtype(inputs[0])
+    with without_autocast(inputs[0].device.type):
+        wanted = [x.to(dtype) for x in inputs]
+        out = _UnitNode.apply(norm, conv, pool, norm.weight, norm.bias, conv.weight, conv.bias, *wanted)
+    return cast(Tensor, out)
 
 
 class _UnitNode(torch.autograd.Function):
@@ -128,67 +129,74 @@ class _UnitNode(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        unit: NormReluConv,
+        module: BatchNorm2d,
+        conv: nn.Conv2d,
+        pool: bool,
         norm_weight: Tensor,
         norm_bias: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         *inputs: Tensor,
     ) -> Tensor:
-        x = join(*inputs)
-        batch, _, height, width = x.shape
-        ctx.pointwise = weight.shape[2] == 1
-        x = to_channels(x) if ctx.pointwise else x.contiguous()
-        statistics = statistics_for(unit.norm, x)
-        norm = NormRelu(norm_weight, norm_bias, statistics, unit.norm.eps, unit.norm.uses_batch_statistics)
-        if ctx.pointwise:
-            size = (height, width)
-            out = project(x, norm, weight.flatten(1))
-            if bias is not None:
-                out += bias.unsqueeze(1)
-            if unit.pool:
-                out, size = average_pool(out, batch, size), (height // 2, width // 2)
-            out = from_channels(out, batch, size)
+        maps = [as_pixels(x) for x in inputs]
+        size, fine = joined_size(maps), maps[-1]
+        if module.uses_batch_statistics:
+            statistics = module.follow(module.join_replicas(joined_statistics(maps)))
         else:
-            ctx.dilation = unit.conv.dilation[0]
-            out = F.conv2d(norm.whole(x), weight, bias, padding=ctx.dilation, dilation=ctx.dilation)
-        ctx.eps, ctx.batch_statistics, ctx.pool = unit.norm.eps, norm.batch, unit.pool
-        ctx.has_bias = bias is not None
-        ctx.save_for_backward(norm_weight, norm_bias, weight, *statistics, *inputs)
+            statistics = module.running_statistics
+        norm = NormRelu.of(module, statistics)
+        kernel, offset = weight.to(fine.dtype), None if bias is None else bias.to(fine.dtype)
+        ctx.pointwise = weight.shape[2] == 1 and len(inputs) == 1
+        ctx.pool, ctx.dilation, ctx.has_bias = pool, conv.dilation[0], bias is not None
+        if pool:
+            size = (size[0] // 2, size[1] // 2)
+        out = empty_map(fine, fine.shape[0], weight.shape[0], size)
+        if pool:
+            project_pooled(fine, norm.scale, norm.shift, kernel.flatten(1), offset, out)
+        elif ctx.pointwise:
+            project(pixels(fine), norm.scale, norm.shift, kernel.flatten(1), offset, pixels(out))
+        else:
+            convolve(maps, norm.scale, norm.shift, kernel, offset, ctx.dilation, out)
+        ctx.norm = norm.without_tensors()
+        ctx.save_for_backward(norm_weight, norm_bias, weight, *statistics[:2], *inputs)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         norm_weight, norm_bias, weight, mean, var, *inputs = ctx.saved_tensors
-        x = join(*inputs)
-        batch, _, height, width = x.shape
-        norm = NormRelu(norm_weight, norm_bias, Statistics(mean, var), ctx.eps, ctx.batch_statistics)
-        grad_bias = grad_out.sum((0, 2, 3)) if ctx.has_bias else None
+        norm: NormRelu = ctx.norm.over(norm_weight, norm_bias, mean, var)
+        maps = [as_pixels(x) for x in inputs]
+        fine, kernel = maps[-1], weight.to(inputs[-1].dtype)
+        grad_out = channels_last(grad_out)
+        grad_bias = pixels(grad_out).sum(0, dtype=mean.dtype) if ctx.has_bias else None
+        grads = [empty_map(fine, x.shape[0], x.shape[1], joined_size(maps)) for x in maps]
+        numbers = (norm.scale, norm.shift, mean)
         if ctx.pointwise:
-            x = to_channels(x)
+            (grad,), x, matrix = grads, pixels(fine), kernel.flatten(1)
             if ctx.pool:
-                grad_conv = average_pool_backward(grad_out.transpose(0, 1), batch, (height, width))
+                found = project_pooled_backward(grad_out, fine, *numbers, matrix, grad, norm.needs_sums)
             else:
-                grad_conv = to_channels(grad_out)
-            grad_x = torch.zeros_like(x)
-            line = Line(x.shape[0], x)
-            grad_weight, grad_norm_weight, grad_norm_bias = project_backward(
-                grad_conv, x, norm, weight.flatten(1), grad=grad_x, line=line
-            )
-            line.add_to(grad_x, x, 0, x.shape[0])
-            grad_x = from_channels(grad_x, batch, (height, width))
+                found = project_backward(pixels(grad_out), x, *numbers, matrix, pixels(grad), False, norm.needs_sums)
+            grad_weight, gradients = found[0], norm.gradients(found[1])
+            if norm.uses_batch:
+                line = Line(x.shape[1], mean)
+                line.add(gradients)
+                line.add_to(pixels(grad), x, slice(None))
         else:
-            x = x.contiguous()
-            normalised = norm.whole(x)
-            grad_normalised, grad_weight = convolution_backward(
-                grad_out, normalised, weight, padding=ctx.dilation, dilation=ctx.dilation
+            grad_weight, sums = convolve_backward(
+                grad_out, maps, *numbers, kernel, ctx.dilation, grads, norm.needs_sums
             )
-            mask_(grad_normalised, normalised)
-            del normalised
-            grad_x, grad_norm_weight, grad_norm_bias = norm.backward(grad_normalised, x)
-            del grad_normalised
-        grads = (grad_norm_weight, grad_norm_bias, grad_weight.view_as(weight), grad_bias)
-        wanted = ctx.needs_input_grad[1:5]
-        kept = (grad if needed else None for grad, needed in zip(grads, wanted, strict=True))
-        return None, *kept, *_join_backward(grad_x, inputs)
+            gradients = norm.gradients(sums)
+            own = slice(-fine.shape[1], None)
+            norm.complete_(pixels(grads[-1]), pixels(fine), gradients, own)
+            if len(maps) > 1:
+                norm.complete_upsampled_(grads[0], maps[0], gradients)
+                grads[0] = upsample_backward(grads[0], maps[0])
+        parameters = (gradients.weight, gradients.bias, grad_weight.view_as(weight), grad_bias)
+        wanted = ctx.needs_input_grad[3:7]
+        of_parameters = (
+            grad.to(weight.dtype) if needed and grad is not None else None
+            for grad, needed in zip(parameters, wanted, strict=True)
+        )
+        return None, None, None, *of_parameters, *grads

@@ -1,0 +1,65 @@
+"""What every autograd node of ours shares: it runs outside autocast, in a dtype it is told, and backward goes once."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that convolutions of x would compute in: that of autocast where it is on, else x's own."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype in (torch.float32, *HALF_DTYPES):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, sums and per-channel numbers: float32, or float64 where maps are in float64.
+
+    >>> wide_dtype(torch.bfloat16)
+    torch.float32
+    """
+    return torch.float32 if dtype in HALF_DTYPES else dtype
+
+
+def without_autocast(device: str) -> torch.autocast:
+    """Inside, operations compute in the dtypes of what they are given."""
+    return torch.autocast(device, enabled=False)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that computes without a graph of its own, outside autocast.
+
+    A gradient that is asked to be differentiable (`create_graph=True`) is refused when it is differentiated.
+    """
+    from torch.autograd.function import once_differentiable as torch_once
+
+    @torch_once
+    @wraps(backward)
+    def outside_autocast(ctx: Any, *grads: Tensor) -> Any:
+        with without_autocast(grads[0].device.type):
+            return backward(ctx, *grads)
+
+    return outside_autocast
+
+
+def is_traced() -> bool:
+    """Whether a tracer or exporter (torch.jit.trace, torch.export, ONNX) is recording: it wants plain operations."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def refuse_scripting(module: torch.nn.Module) -> None:
+    """Raise the one clear error of torch.jit.script.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        f"{type(module).__name__} cannot be compiled by torch.jit.script, as its backward is written in Python; "
+        "use torch.export or torch.compile, or torch.jit.trace in eval mode"
+    )

@@ -1,0 +1,128 @@
+"""A coarse map upsampled bilinearly to a fine one's size and joined to it, by bands: neither ever exists whole.
+
+Upsampling is separable: a fine row is a mixture of two coarse rows, which is then upsampled along its width. So any
+band of fine rows can be made by itself.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memseg.nn import chains
+from memseg.nn.batch_norm import Statistics, batch_statistics, join_statistics
+from memseg.nn.layout import Band, band_limit, bands, channels_last, images, rows
+
+_aten = torch.ops.aten
+
+
+def join(*inputs: Tensor) -> Tensor:
+    """One map as it is; of two, the first upsampled bilinearly to the second's size, then both concatenated."""
+    if len(inputs) == 1:
+        return inputs[0]
+    coarse, skip = inputs
+    upsampled = F.interpolate(coarse, skip.shape[2:], mode="bilinear", align_corners=False)
+    return torch.cat([upsampled, skip], 1)
+
+
+def joined_size(inputs: Sequence[Tensor]) -> tuple[int, int]:
+    """(H, W) of the joined inputs: that of the last."""
+    return inputs[-1].shape[2], inputs[-1].shape[3]
+
+
+def joined_channels(inputs: Sequence[Tensor]) -> int:
+    """Channels of all inputs together."""
+    return sum(x.shape[1] for x in inputs)
+
+
+def upsample_rows(coarse: Tensor, size: tuple[int, int], start: int, stop: int) -> Tensor:
+    """Rows start..stop of F.interpolate(coarse, size, mode="bilinear"), channels-last (N, C, stop - start, W)."""
+    upper, lower, weight = row_sources(coarse, size[0], start, stop)
+    source = rows(coarse)
+    between = torch.lerp(source[:, upper], source[:, lower], weight.view(-1, 1, 1))
+    if between.shape[2] == size[1]:
+        return images(between)
+    return F.interpolate(images(between), (stop - start, size[1]), mode="bilinear", align_corners=False)
+
+
+def row_sources(coarse: Tensor, height: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The coarse row above and below each fine row, and the weight of the one below, each (stop - start,)."""
+    fine = torch.arange(start, stop, device=coarse.device, dtype=torch.float64)
+    position = ((fine + 0.5) * (coarse.shape[2] / height) - 0.5).clamp(min=0)
+    upper = position.long()
+    lower = (upper + 1).clamp(max=coarse.shape[2] - 1)
+    return upper, lower, (position - upper).to(coarse.dtype)
+
+
+def read_rows(inputs: Sequence[Tensor], band: Band, *, out: Tensor | None = None) -> Tensor:
+    """Rows low..high of the joined inputs, (n, rows, W, C)."""
+    size, channels = joined_size(inputs), joined_channels(inputs)
+    if out is None:
+        out = inputs[-1].new_empty(band.last - band.first, band.high - band.low, size[1], channels)
+    coarse, skip = inputs
+    out[..., : coarse.shape[1]] = rows(upsample_rows(coarse[band.first : band.last], size, band.low, band.high))
+    out[..., coarse.shape[1] :] = rows(skip)[band.first : band.last, band.low : band.high]
+    return out
+
+
+def joined_statistics(inputs: Sequence[Tensor]) -> Statistics:
+    """Batch statistics of the joined inputs.
+
+    Raises:
+        ValueError: there is one value per channel.
+    """
+    own = batch_statistics(inputs[-1])
+    if len(inputs) == 1:
+        return own
+    mean, var = upsampled_statistics(inputs[0], *joined_size(inputs))
+    return Statistics(torch.cat([mean, own.mean]), torch.cat([var, own.var]), own.count)
+
+
+@torch.library.custom_op("memseg::upsampled_statistics", mutates_args=())
+def upsampled_statistics(coarse: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of F.interpolate(coarse, (height, width), mode="bilinear")."""
+    parts = []
+    for band in upsample_bands(coarse, (height, width)):
+        up = upsample_rows(coarse[band.first : band.last], (height, width), band.start, band.stop)
+        parts.append(batch_statistics(channels_last(up)))
+    means, variances = torch.stack([part.mean for part in parts]), torch.stack([part.var for part in parts])
+    counts = means.new_tensor([part.count for part in parts]).unsqueeze(1)
+    mean, var, _ = join_statistics(means, variances, counts)
+    return mean, var
+
+
+@torch.library.custom_op("memseg::complete_upsampled", mutates_args=("grad",))
+def complete_upsampled(grad: Tensor, coarse: Tensor, scale: Tensor, constant: Tensor, slope: Tensor) -> None:
+    """grad = scale * grad + constant + slope * x in place, x being `coarse` upsampled to the size of `grad`."""
+    size = (grad.shape[2], grad.shape[3])
+    for band in upsample_bands(coarse, size):
+        up = upsample_rows(coarse[band.first : band.last], size, band.start, band.stop)
+        part = rows(grad)[band.first : band.last, band.start : band.stop]
+        chains.complete(part, rows(channels_last(up)), scale, constant, slope)
+
+
+def upsample_backward(grad: Tensor, coarse: Tensor) -> Tensor:
+    """Gradient of the coarse map from that of the upsampled one."""
+    out = _aten.upsample_bilinear2d_backward(
+        channels_last(grad), list(grad.shape[2:]), list(coarse.shape), False, None, None
+    )
+    return cast(Tensor, out)
+
+
+def upsample_bands(coarse: Tensor, size: tuple[int, int]) -> list[Band]:
+    """Bands of the upsampled map."""
+    row_bytes = size[1] * coarse.shape[1] * coarse.element_size()
+    return bands(coarse.shape[0], size, row_bytes, band_limit(coarse), halo=0)
+
+
+@upsampled_statistics.register_fake
+def _(coarse: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    wide = torch.float32 if coarse.element_size() < 4 else coarse.dtype
+    return coarse.new_empty(coarse.shape[1], dtype=wide), coarse.new_empty(coarse.shape[1], dtype=wide)
+
+
+@complete_upsampled.register_fake
+def _(grad: Tensor, coarse: Tensor, scale: Tensor, constant: Tensor, slope: Tensor) -> None:
+    return None

@@ -1,0 +1,358 @@
+"""BN, ReLU and a convolution without ever holding the normalised map.
+
+A DenseNet is made of BN-ReLU-convolution. Kept or rebuilt whole, the normalised map is as large as the features
+themselves. Here it is made band by band (`memseg.nn.layout`): normalise a band into scratch, convolve it, go on; and
+backward walks the same bands. 1x1 convolutions are matrix products over pixels; 2x2 average pooling behind one, as in
+a DenseNet's transition, is done before it, on the band, as the two commute: a quarter of the products.
+
+Each walk is an operator of its own. A trace on fake tensors then sees one operation instead of thousands, and
+torch.compile a node that it need not look into. What an operator allocates inside itself is written beside it, as a
+function of the same arguments (`scratch_of`).
+
+Maps are (N, C, H, W), channels-last or slices of channels of such; a unit's `inputs` are one map, or a coarse and a
+fine one that are joined (`memseg.nn.join`). Per-channel numbers are (C,) in `wide_dtype`.
+
+Source: Pleiss et al., arXiv:1707.06990, for rebuilding from shared memory.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from memseg.nn import chains
+from memseg.nn.autograd import wide_dtype
+from memseg.nn.join import joined_channels, joined_size, read_rows
+from memseg.nn.layout import Band, band_limit, bands, channels_last, images, pixels, rows, tile_rows, tiles
+
+_aten = torch.ops.aten
+_Shape = torch.Size | Sequence[int]
+
+scratch_of: dict[Any, Callable[..., int]] = {}
+"""Most bytes that an operator of ours (its overload packet) allocates inside itself beside what it returns, as a
+function of its arguments."""
+
+
+def _scratch(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    def register(count: Callable[..., int]) -> Callable[..., int]:
+        scratch_of[getattr(torch.ops.memseg, name)] = count
+        return count
+
+    return register
+
+
+# 1x1 convolutions
+
+
+@torch.library.custom_op("memseg::project", mutates_args=("out",))
+def project(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out (M, O) = relu(scale * x + shift) @ weight.T + bias, of x (M, C) and weight (O, C)."""
+    normalised = x.new_empty(tile_rows(x), x.shape[1])
+    for tile in tiles(x):
+        part = normalised[: tile.stop - tile.start]
+        chains.norm_relu(x[tile], scale, shift, part)
+        _product(part, weight, bias, out[tile])
+
+
+@torch.library.custom_op("memseg::project_backward", mutates_args=("grad",))
+def project_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    add: bool,
+    wants_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the weight (O, C), and sum(g) and sum(g * (x - mean)) as (2, C), both in `wide_dtype`.
+
+    scale * g is written to `grad` (M, C), or added to it, without the terms through batch statistics.
+    """
+    grad_weight, sums = _gradients_like(weight, wants_sums)
+    normalised, grad_normalised = x.new_empty(2, tile_rows(x), x.shape[1])
+    for tile in tiles(x):
+        length = tile.stop - tile.start
+        part, grad_part = normalised[:length], grad_normalised[:length]
+        chains.norm_relu(x[tile], scale, shift, part)
+        _add_product(grad_weight, grad_out[tile], part)
+        torch.mm(grad_out[tile], weight, out=grad_part)
+        chains.spread(
+            grad_part, part, x[tile], scale, mean, sums if wants_sums else None, to=grad[tile], add=add
+        )
+    return grad_weight, sums
+
+
+# 1x1 convolutions behind 2x2 average pooling
+
+
+@torch.library.custom_op("memseg::project_pooled", mutates_args=("out",))
+def project_pooled(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out (N, O, H // 2, W // 2) = average of 2x2 of relu(scale * x + shift), times weight (O, C), of x (N, C, H, W)."""
+    source, target = rows(x), rows(out)
+    for band in _pool_bands(x):
+        normalised = _pool_band(source, band, scale, shift)
+        pooled = F.avg_pool2d(images(normalised), 2)
+        part = target[band.first : band.last, band.start // 2 : band.stop // 2]
+        product = x.new_empty(pooled.numel() // pooled.shape[1], weight.shape[0])
+        _product(pixels(pooled), weight, bias, product)
+        part.copy_(product.view(part.shape))
+
+
+@torch.library.custom_op("memseg::project_pooled_backward", mutates_args=("grad",))
+def project_pooled_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    wants_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `project_backward`, of x and grad (N, C, H, W) and grad_out (N, O, H // 2, W // 2)."""
+    grad_weight, sums = _gradients_like(weight, wants_sums)
+    source, target, grads = rows(x), rows(grad), rows(grad_out)
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        grad.zero_()  # pooling leaves out the last row or column of an odd side
+    for band in _pool_bands(x):
+        normalised = _pool_band(source, band, scale, shift)
+        pooled = pixels(F.avg_pool2d(images(normalised), 2))
+        grad_part = grads[band.first : band.last, band.start // 2 : band.stop // 2].reshape(-1, weight.shape[0])
+        _add_product(grad_weight, grad_part, pooled)
+        del pooled
+        grad_pooled = torch.mm(grad_part, weight).mul_(0.25)
+        batch, height, width, channels = normalised.shape
+        grad_normalised = torch.empty_like(normalised)
+        quarters = grad_normalised.view(batch, height // 2, 2, width // 2, 2, channels)
+        quarters.copy_(grad_pooled.view(batch, height // 2, 1, width // 2, 1, channels))
+        region = (slice(band.first, band.last), slice(band.start, band.stop), slice(0, width))
+        chains.spread(
+            grad_normalised,
+            normalised,
+            source[region],
+            scale,
+            mean,
+            sums if wants_sums else None,
+            to=target[region],
+            add=False,
+        )
+    return grad_weight, sums
+
+
+# k x k convolutions
+
+
+@torch.library.custom_op("memseg::convolve", mutates_args=("out",))
+def convolve(
+    inputs: list[Tensor],
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int,
+    out: Tensor,
+) -> None:
+    """out (N, O, H, W): convolution of relu(scale * x + shift), same size, x being the joined inputs."""
+    halo = _halo(weight, dilation)
+    weight = channels_last(weight)
+    for band in _conv_bands(inputs, halo):
+        normalised = _conv_band(inputs, band, scale, shift)
+        padding = [0 if _is_part(band, out) else halo, halo]
+        made = F.conv2d(images(normalised), weight, bias, padding=padding, dilation=dilation)
+        del normalised
+        out[band.first : band.last, :, band.start : band.stop].copy_(made)
+        del made
+
+
+@torch.library.custom_op("memseg::convolve_backward", mutates_args=("grads",))
+def convolve_backward(
+    grad_out: Tensor,
+    inputs: list[Tensor],
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    weight: Tensor,
+    dilation: int,
+    grads: list[Tensor],
+    wants_sums: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of the weight (O, C, k, k), and sum(g) and sum(g * (x - mean)) as (2, C), both in `wide_dtype`.
+
+    g itself, the gradient at the normalised and rectified map, is written to `grads`: one map (N, C_i, H, W) for each
+    input, all of the fine size.
+    """
+    grad_weight, sums = _gradients_like(weight, wants_sums)
+    halo, weight = _halo(weight, dilation), channels_last(weight)
+    targets = [rows(grad) for grad in grads]
+    done = 0
+    for band in _conv_bands(inputs, halo):
+        part = _is_part(band, grad_out)
+        normalised = _conv_band(inputs, band, scale, shift)
+        grad_band = channels_last(grad_out[band.first : band.last, :, band.start : band.stop])
+        padding = [0 if part else halo, halo]
+        grad_x, grad_w, _ = _aten.convolution_backward(
+            grad_band,
+            images(normalised),
+            weight,
+            None,
+            [1, 1],
+            padding,
+            [dilation] * 2,
+            False,
+            [0, 0],
+            1,
+            [True, True, False],
+        )
+        grad_weight += grad_w
+        del grad_w, grad_band
+        inside = slice(band.above, band.above + band.high - band.low)
+        g = rows(channels_last(grad_x))[:, inside]
+        x = read_rows(inputs, band) if len(inputs) > 1 else rows(inputs[0])[band.first : band.last, band.low : band.high]
+        chains.mask_and_sum(g, normalised[:, inside], x, mean, sums if wants_sums else None)
+        del x, normalised, grad_x
+        # Neighbouring bands both reach the rows at their border, each with its share of the gradient.
+        shared = max(0, done - band.low) if band.start > 0 else 0
+        start = 0
+        for target in targets:
+            stop = start + target.shape[3]
+            region = target[band.first : band.last, band.low : band.high]
+            region[:, :shared] += g[:, :shared, :, start:stop]
+            region[:, shared:] = g[:, shared:, :, start:stop]
+            start = stop
+        done = band.high
+        del g
+    return grad_weight, sums
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _add_product(total: Tensor, grad_out: Tensor, x: Tensor) -> None:
+    """total (O, C) += grad_out.T @ x, in the total's dtype."""
+    if total.dtype == x.dtype:
+        total.addmm_(grad_out.t(), x)
+    else:
+        total += torch.mm(grad_out.t(), x)
+
+
+def _gradients_like(weight: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor]:
+    wide = wide_dtype(weight.dtype)
+    return torch.zeros_like(weight, dtype=wide), weight.new_zeros(2, weight.shape[1] if wants_sums else 0, dtype=wide)
+
+
+def _halo(weight: Tensor, dilation: int) -> int:
+    return int(dilation * (weight.shape[2] // 2))
+
+
+def _conv_bands(inputs: Sequence[Tensor], halo: int) -> list[Band]:
+    size, channels, x = joined_size(inputs), joined_channels(inputs), inputs[-1]
+    row_bytes = size[1] * channels * x.element_size()
+    return bands(x.shape[0], size, row_bytes, band_limit(x), halo=halo)
+
+
+def _is_part(band: Band, x: Tensor) -> bool:
+    """Whether a band has rows above or below, or zeros in their place."""
+    return band.stop - band.start < x.shape[2]
+
+
+def _conv_band(inputs: Sequence[Tensor], band: Band, scale: Tensor, shift: Tensor) -> Tensor:
+    """Rows low..high of the normalised map, zeros above and below: (n, rows, W, C)."""
+    width, channels = joined_size(inputs)[1], joined_channels(inputs)
+    height = band.above + band.high - band.low + band.below
+    out = inputs[-1].new_empty(band.last - band.first, height, width, channels)
+    inside = out[:, band.above : height - band.below]
+    out[:, : band.above].zero_()
+    out[:, height - band.below :].zero_()
+    if len(inputs) == 1:
+        x = rows(inputs[0])[band.first : band.last, band.low : band.high]
+    else:
+        x = read_rows(inputs, band, out=inside)
+    chains.norm_relu(x, scale, shift, inside)
+    return out
+
+
+def _pool_bands(x: Tensor) -> list[Band]:
+    height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+    row_bytes = width * x.shape[1] * x.element_size()
+    return bands(x.shape[0], (height, width), row_bytes, band_limit(x), halo=0, multiple=2)
+
+
+def _pool_band(source: Tensor, band: Band, scale: Tensor, shift: Tensor) -> Tensor:
+    width = source.shape[2] // 2 * 2
+    x = source[band.first : band.last, band.start : band.stop, :width]
+    out = x.new_empty(x.shape)
+    chains.norm_relu(x, scale, shift, out)
+    return out
+
+
+# What a trace on fake tensors needs of them: outputs, scratch, work
+
+
+def _fake_nothing(*_: Any) -> None:
+    return None
+
+
+def _fake_gradients(weight: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor]:
+    wide = wide_dtype(weight.dtype)
+    return torch.empty_like(weight, dtype=wide), weight.new_empty(2, weight.shape[1] if wants_sums else 0, dtype=wide)
+
+
+project.register_fake(_fake_nothing)
+project_pooled.register_fake(_fake_nothing)
+convolve.register_fake(_fake_nothing)
+
+
+@project_backward.register_fake
+def _(grad_out: Any, x: Any, scale: Any, shift: Any, mean: Any, weight: Tensor, grad: Any, add: Any, wants: bool) -> Any:
+    return _fake_gradients(weight, wants)
+
+
+@project_pooled_backward.register_fake
+def _(grad_out: Any, x: Any, scale: Any, shift: Any, mean: Any, weight: Tensor, grad: Any, wants: bool) -> Any:
+    return _fake_gradients(weight, wants)
+
+
+@convolve_backward.register_fake
+def _(
+    grad_out: Any, inputs: Any, scale: Any, shift: Any, mean: Any, weight: Tensor, dil: Any, grads: Any, wants: bool
+) -> Any:
+    return _fake_gradients(weight, wants)
+
+
+@register_flop_formula(torch.ops.memseg.project)
+def _(x: _Shape, scale: Any, shift: Any, weight: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * weight[0] * weight[1] * x[0]
+
+
+@register_flop_formula(torch.ops.memseg.project_backward)
+def _(grad_out: _Shape, x: _Shape, *_: Any, **__: Any) -> int:
+    return 4 * grad_out[1] * x[1] * x[0]
+
+
+@register_flop_formula(torch.ops.memseg.project_pooled)
+def _(x: _Shape, scale: Any, shift: Any, weight: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * weight[0] * weight[1] * x[0] * (x[2] // 2) * (x[3] // 2)
+
+
+@register_flop_formula(torch.ops.memseg.project_pooled_backward)
+def _(grad_out: _Shape, x: _Shape, *_: Any, **__: Any) -> int:
+    return 4 * grad_out[1] * x[1] * grad_out[0] * grad_out[2] * grad_out[3]
+
+
+@register_flop_formula(torch.ops.memseg.convolve)
+def _(inputs: Any, scale: Any, shift: Any, weight: _Shape, bias: Any, dilation: Any, out: _Shape, **_: Any) -> int:
+    return 2 * weight[0] * weight[1] * weight[2] * weight[3] * out[0] * out[2] * out[3]
+
+
+@register_flop_formula(torch.ops.memseg.convolve_backward)
+def _(grad_out: _Shape, inputs: Any, scale: Any, shift: Any, mean: Any, weight: _Shape, *_: Any, **__: Any) -> int:
+    return 4 * weight[0] * weight[1] * weight[2] * weight[3] * grad_out[0] * grad_out[2] * grad_out[3]
