@@ -15,7 +15,6 @@ are torch's own too, bilinear upsampling and cross-entropy of full-size logits.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -33,7 +32,8 @@ from memseg.errors import InputError, UnknownNameError
 from memseg.levels import NormMode, Recompute
 from memseg.models import SegmentedModel, build_model, model_names
 from memseg.models.objective import Objective
-from memseg.nn import IGNORE_INDEX
+from memseg.nn import IGNORE_INDEX, fused_kernels
+from memseg.nn.convert import convert
 from memseg.profiling.step import fused_adam
 
 EXTRACTORS = ("densenet121", "densenet161", "densenet169", "densenet201")
@@ -144,10 +144,9 @@ class Work:
     """
 
     def __init__(self, task: Task, variant: Variant) -> None:
-        self._context = _fused_kernels if variant.fused else nullcontext
+        fused_kernels(variant.fused)
         self._bf16 = variant.bf16
-        with self._context():
-            self.model, self._forward = build_network(task.model, variant)
+        self.model, self._forward = build_network(task.model, variant)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._optimizer = fused_adam(self.parameters) if task.whole_step else None
         generator = torch.Generator().manual_seed(_SEED)
@@ -180,25 +179,18 @@ class Work:
             see: Called with the outputs; whoever keeps them keeps their memory.
         """
         self.clear()
-        with self._context():
-            self._forward_and_backward(see)
-        if self._optimizer is not None:
-            self._optimizer.step()
-
-    def _forward_and_backward(self, see: Callable[[Sequence[Tensor]], None]) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
             found = self._forward(self._images)
             outputs = (found,) if isinstance(found, Tensor) else found
             del found
             see(outputs)
-            if self._objective is not None:
-                loss = self._objective(*outputs, self._target)
-                gradient = None
-            else:
-                (loss,) = outputs
-                gradient = self._target = self._target if self._target.numel() else _gradient_like(loss)
+            loss = self._objective(*outputs, self._target) if self._objective else outputs[0]
             del outputs
-        torch.autograd.backward([loss], [gradient] if gradient is not None else None)
+        if self._objective is None and not self._target.numel():
+            self._target = _gradient_like(loss)
+        torch.autograd.backward(loss, None if self._objective else self._target)
+        if self._optimizer is not None:
+            self._optimizer.step()
 
 
 class Network(NamedTuple):
@@ -236,9 +228,7 @@ def _at_level(model: nn.Module, level: Recompute, norm: NormMode) -> nn.Module:
     if isinstance(model, SegmentedModel):
         model.set_recompute(level)
         return model
-    from memseg.nn import convert
-
-    return cast(nn.Module, convert(model, recompute=level, norm=norm).model)
+    return convert(model, recompute=level, norm=norm).model
 
 
 def _rebuild_parts(model: nn.Module, way: str) -> None:
@@ -279,7 +269,7 @@ class _CheckpointedLayer(_Checkpointed):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         (features,) = inputs
-        return cast(Tensor, checkpoint(self._concatenated, *features, use_reentrant=False))
+        return checkpoint(self._concatenated, *features, use_reentrant=False)
 
     def _concatenated(self, *features: Tensor) -> Tensor:
         return cast(Tensor, self.inner(list(features)))
@@ -297,9 +287,9 @@ def _torchvision_block(block: nn.Module, *, memory_efficient: bool) -> nn.Module
 
 
 def _freeze(model: nn.Module) -> None:
-    """Have every batch norm use its running statistics, and leave its affine as it is, as NormMode.FROZEN does."""
+    """Have torch's batch norms use their running statistics and keep their affine; memseg's have a mode for it."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if type(module) is nn.BatchNorm2d:
             module.eval().requires_grad_(False)
 
 
@@ -318,9 +308,3 @@ def _torch_losses(*outputs_and_target: Tensor) -> Tensor:
     full = (F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False) for logits in outputs)
     losses = (F.cross_entropy(logits, target.long(), ignore_index=IGNORE_INDEX) for logits in full)
     return cast(Tensor, sum(weight * loss for weight, loss in zip(weights, losses, strict=True)))
-
-
-def _fused_kernels() -> AbstractContextManager[object]:
-    from memseg.nn import fused_kernels
-
-    return cast(AbstractContextManager[object], fused_kernels(True))

@@ -6,7 +6,7 @@
 `benchmarks.training_alternatives` says what each row is. Each runs in a fresh process, with the same environment,
 weights and batch, and never two at once:
 
-    idle                after a small step of another network, so that torch's libraries and threads are there
+    idle                after small steps of another network, so that torch's libraries and threads are there
     warm-up             untimed; the first one's outputs and gradients are compared with plain's
     timed steps         median -> step_seconds; highest resident set - that before the first step -> rss_rise_bytes
     one counted step    allocator's events -> peak_allocated_bytes (counting costs time and memory, so it comes last)
@@ -18,8 +18,8 @@ and the heap's slack. Compiling swells it for good, but only what is still there
 
 With --limit, the system lets a row's process have no more than so much above its idle size (RLIMIT_DATA) until its
 timed steps are done; a row that runs into it has `fits` false, and that is a result, not a failure.
-Where other programs compute beside it, set OMP_WAIT_POLICY=passive and take several --rounds: ratios of times are
-medians over rounds, each of which runs every row once.
+Where other programs compute beside it take several --rounds: ratios of times are medians over rounds, each of which
+runs every row once.
 """
 
 import argparse
@@ -34,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -104,7 +104,7 @@ class Difference:
 def measure_row(options: Options, variant: Variant, folder: Path) -> Figures:
     """Run the phases that the top of this module lists; results of the first step go into `folder`."""
     torch.set_num_threads(options.threads)
-    _load_libraries()
+    _load_libraries(variant)
     standing, resident = live_bytes(), _status_bytes("VmRSS")
     figures = Figures()
     try:
@@ -132,9 +132,14 @@ def measure_row(options: Options, variant: Variant, folder: Path) -> Figures:
     return figures
 
 
-def _load_libraries() -> None:
-    """One step of a small network: what torch loads and starts on the way is nobody's rise."""
-    Work(Task("ladder-densenet-mini", (64, 64), 2, True), VARIANTS["plain"]).step()
+def _load_libraries(variant: Variant) -> None:
+    """Steps of a small network, plain and in the row's way: what torch loads and starts for them is nobody's rise.
+
+    Nothing is compiled here, so that the first step of the row shows what compiling costs.
+    """
+    eager = replace(variant, fused=False, way="plain" if variant.compile_budget else variant.way)
+    for each in (Variant("plain"), eager):
+        Work(Task("ladder-densenet-mini", (64, 64), 2, True), each).step()
 
 
 def _time_steps(work: Work, options: Options, figures: Figures, folder: Path) -> None:
@@ -370,8 +375,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--environment",
         choices=("own", "memseg"),
         default="own",
-        help="rows get the environment of this command, or besides it what `memseg train` gives its processes: "
-        "threads that do not spin, large tensors returned to the system when they are freed",
+        help="rows get the environment of this command, with threads that do not spin while they wait unless it has "
+        "set OMP_WAIT_POLICY; or all that `memseg train` gives its processes: the heap also returns large tensors to "
+        "the system when they are freed",
     )
     add("--timeout", type=_count, default=3600, metavar="SECONDS", help="of one row's process (3600)")
     add("--json", action="store_true", help="print one JSON object and nothing else")
@@ -422,9 +428,10 @@ def main() -> None:
         return
     torch.set_num_threads(arguments.threads)
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    if arguments.environment == "memseg":
-        for name, value in environment_of_runs().items():
-            os.environ.setdefault(name, value)
+    # Threads that spin while they wait for a core that is taken make a step many times longer.
+    given = environment_of_runs() if arguments.environment == "memseg" else {"OMP_WAIT_POLICY": "PASSIVE"}
+    for name, value in given.items():
+        os.environ.setdefault(name, value)
     rows = measure_all(arguments, names, options)
     counted = _COUNTED[task.whole_step]
     if arguments.json:

@@ -24,44 +24,61 @@ def _norm_relu(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
         out.copy_(torch.addcmul(shift, x.to(scale.dtype), scale).relu_())
 
 
-def _mask_and_sum(grad: Tensor, normalised: Tensor, x: Tensor, mean: Tensor, sums: Tensor | None) -> None:
-    _aten.threshold_backward.grad_input(grad, normalised, 0, grad_input=grad)
-    if sums is None:
-        return
-    bands = list(range(grad.dim() - 1))
-    if grad.dtype == mean.dtype:
-        moment = torch.sub(x, mean, out=normalised).mul_(grad)
-        sums[0] += grad.sum(bands)
-    else:
-        wide = grad.to(mean.dtype)
-        moment = (x.to(mean.dtype) - mean).mul_(wide)
-        sums[0] += wide.sum(bands)
-    sums[1] += moment.sum(bands)
+def _centre_norm_relu(
+    x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, centred: Tensor, normalised: Tensor
+) -> None:
+    torch.sub(x, mean, out=centred)
+    _norm_relu(centred, scale, bias, normalised)
+
+
+def _mask(grad: Tensor, normalised: Tensor, out: Tensor) -> None:
+    _aten.threshold_backward.grad_input(grad, normalised, 0, grad_input=out)
 
 
 def _spread(
-    grad: Tensor, normalised: Tensor, x: Tensor, scale: Tensor, mean: Tensor, sums: Tensor | None, to: Tensor, add: bool
+    grad: Tensor, normalised: Tensor, centred: Tensor | None, scale: Tensor, sums: Tensor | None, to: Tensor, add: bool
 ) -> None:
-    _mask_and_sum(grad, normalised, x, mean, sums)
-    if grad.dtype != scale.dtype:
-        scaled = grad.to(scale.dtype).mul_(scale)
-        to.add_(scaled) if add else to.copy_(scaled)
+    _mask(grad, normalised, grad)
+    wide = grad if grad.dtype == scale.dtype else grad.to(scale.dtype)
+    if sums is not None and centred is not None:
+        sums += _moments(wide, centred)
+    if wide is not grad:
+        to.add_(wide.mul_(scale)) if add else to.copy_(wide.mul_(scale))
     elif add:
         to.addcmul_(grad, scale)
     else:
         torch.mul(grad, scale, out=to)
 
 
+def _moments(grad: Tensor, x: Tensor, mean: Tensor | None = None) -> Tensor:
+    channels = grad.shape[-1]
+    wide = grad.dtype if grad.dtype == torch.float64 else torch.float32
+    ones, zeros = (grad.new_full((channels,), value, dtype=wide) for value in (1, 0))
+    # The part of batch norm's backward that sums, with a standard deviation of 1.
+    _, moment, total = _aten.native_batch_norm_backward(
+        _as_map(grad), _as_map(x), ones, None, None, zeros if mean is None else mean, ones, True, 0.0, [False, True, True]
+    )
+    return torch.stack([total, moment])
+
+
+def _as_map(x: Tensor) -> Tensor:
+    """Contiguous (..., C) as channels-last (1, C, M, 1)."""
+    return x.reshape(-1, x.shape[-1]).t()[None, :, :, None]
+
+
 def _complete(grad: Tensor, x: Tensor, scale: Tensor, constant: Tensor, slope: Tensor) -> None:
+    line = torch.addcmul(constant, x.to(slope.dtype), slope)
     if grad.dtype == scale.dtype:
-        grad.mul_(scale).add_(constant).addcmul_(x, slope)
+        torch.addcmul(line, grad, scale, out=grad)
     else:
-        grad.copy_(grad.to(scale.dtype).mul_(scale).add_(constant).addcmul_(x.to(scale.dtype), slope))
+        grad.copy_(line.addcmul_(grad.to(scale.dtype), scale))
 
 
-_EAGER: dict[str, Callable[..., None]] = {
+_EAGER: dict[str, Callable[..., Any]] = {
     "norm_relu": _norm_relu,
-    "mask_and_sum": _mask_and_sum,
+    "centre_norm_relu": _centre_norm_relu,
+    "mask": _mask,
+    "moments": _moments,
     "spread": _spread,
     "complete": _complete,
 }
@@ -77,9 +94,9 @@ def fused_kernels(enabled: bool = True) -> None:
         _chains[name] = torch.compile(chain, dynamic=True, fullgraph=True) if enabled else chain
 
 
-def _run(name: str, *arguments: Any) -> None:
+def _run(name: str, *arguments: Any) -> Any:
     with torch.no_grad():
-        _chains[name](*arguments)
+        return _chains[name](*arguments)
 
 
 def norm_relu(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
@@ -87,32 +104,32 @@ def norm_relu(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
     _run("norm_relu", x, scale, shift, out)
 
 
-def mask_and_sum(grad: Tensor, normalised: Tensor, x: Tensor, mean: Tensor, sums: Tensor | None) -> None:
-    """ReLU's backward in place, and what batch norm's needs of it.
+def centre_norm_relu(
+    x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, *, centred: Tensor, normalised: Tensor
+) -> None:
+    """centred = x - mean, in the dtype of the mean, and normalised = relu(scale * centred + bias)."""
+    _run("centre_norm_relu", x, mean, scale, bias, centred, normalised)
 
-    Args:
-        grad: Zeroed where `normalised` is not positive.
-        normalised: relu(bn(x)); overwritten.
-        x: What was normalised.
-        mean: Of x.
-        sums: (2, C), to which sum(grad) and sum(grad * (x - mean)) are added; None where nobody needs them.
-    """
-    _run("mask_and_sum", grad, normalised, x, mean, sums)
+
+def mask(grad: Tensor, normalised: Tensor, out: Tensor) -> None:
+    """ReLU's backward: out = grad where `normalised` is positive, else 0; `out` may be `grad`."""
+    _run("mask", grad, normalised, out)
+
+
+def moments(grad: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+    """What batch norm's backward sums: sum(grad) and sum(grad * (x - mean)) as (2, C), of contiguous bands."""
+    found: Tensor = _run("moments", grad, x, mean)
+    return found
 
 
 def spread(
-    grad: Tensor,
-    normalised: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    sums: Tensor | None,
-    *,
-    to: Tensor,
-    add: bool,
+    grad: Tensor, normalised: Tensor, scale: Tensor, *, to: Tensor, add: bool, centred: Tensor | None, sums: Tensor | None
 ) -> None:
-    """`mask_and_sum`, then scale * grad written to `to`, or added to it."""
-    _run("spread", grad, normalised, x, scale, mean, sums, to, add)
+    """`grad` masked in place, then scale * grad written to `to`, or added to it.
+
+    With `centred` = x - mean and `sums` (2, C), the masked gradient's moments are added to the sums.
+    """
+    _run("spread", grad, normalised, centred, scale, sums, to, add)
 
 
 def complete(grad: Tensor, x: Tensor, scale: Tensor, constant: Tensor, slope: Tensor) -> None:

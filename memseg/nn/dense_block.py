@@ -263,6 +263,7 @@ class _DenseBlockNode(torch.autograd.Function):
                 norm1.scale,
                 norm1.shift,
                 norm1.statistics.mean,
+                norm1.offset,
                 projection,
                 grad[:, : layer.channels],
                 True,

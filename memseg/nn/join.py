@@ -56,13 +56,11 @@ def row_sources(coarse: Tensor, height: int, start: int, stop: int) -> tuple[Ten
     return upper, lower, (position - upper).to(coarse.dtype)
 
 
-def read_rows(inputs: Sequence[Tensor], band: Band, *, out: Tensor | None = None) -> Tensor:
-    """Rows low..high of the joined inputs, (n, rows, W, C)."""
-    size, channels = joined_size(inputs), joined_channels(inputs)
-    if out is None:
-        out = inputs[-1].new_empty(band.last - band.first, band.high - band.low, size[1], channels)
+def read_rows(inputs: Sequence[Tensor], band: Band, *, out: Tensor) -> Tensor:
+    """Rows low..high of a coarse and a fine map, joined, written to `out` (n, rows, W, C)."""
     coarse, skip = inputs
-    out[..., : coarse.shape[1]] = rows(upsample_rows(coarse[band.first : band.last], size, band.low, band.high))
+    upsampled = upsample_rows(coarse[band.first : band.last], joined_size(inputs), band.low, band.high)
+    out[..., : coarse.shape[1]] = rows(upsampled)
     out[..., coarse.shape[1] :] = rows(skip)[band.first : band.last, band.low : band.high]
     return out
 

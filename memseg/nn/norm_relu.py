@@ -84,9 +84,14 @@ class NormRelu:
         return self.weight.to(self.std_inverse.dtype) * self.std_inverse
 
     @cached_property
+    def offset(self) -> Tensor:
+        """bn(x) = scale * (x - mean) + offset: the bias."""
+        return self.bias.to(self.std_inverse.dtype)
+
+    @cached_property
     def shift(self) -> Tensor:
         """bn(x) = scale * x + shift."""
-        return self.bias.to(self.std_inverse.dtype) - self.statistics.mean * self.scale
+        return self.offset - self.statistics.mean * self.scale
 
     def gradients(self, sums: Tensor) -> NormGradients:
         """From (2, C): this replica's sum(g) and sum(g * (x - mean)); not looked at where `needs_sums` is false."""

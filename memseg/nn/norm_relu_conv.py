@@ -175,9 +175,11 @@ class _UnitNode(torch.autograd.Function):
         if ctx.pointwise:
             (grad,), x, matrix = grads, pixels(fine), kernel.flatten(1)
             if ctx.pool:
-                found = project_pooled_backward(grad_out, fine, *numbers, matrix, grad, norm.needs_sums)
+                found = project_pooled_backward(grad_out, fine, *numbers, norm.offset, matrix, grad, norm.needs_sums)
             else:
-                found = project_backward(pixels(grad_out), x, *numbers, matrix, pixels(grad), False, norm.needs_sums)
+                found = project_backward(
+                    pixels(grad_out), x, *numbers, norm.offset, matrix, pixels(grad), False, norm.needs_sums
+                )
             grad_weight, gradients = found[0], norm.gradients(found[1])
             if norm.uses_batch:
                 line = Line(x.shape[1], mean)

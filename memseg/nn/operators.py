@@ -16,7 +16,7 @@ Source: Pleiss et al., arXiv:1707.06990, for rebuilding from shared memory.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from memseg.nn import chains
 from memseg.nn.autograd import wide_dtype
-from memseg.nn.join import joined_channels, joined_size, read_rows
-from memseg.nn.layout import Band, band_limit, bands, channels_last, images, pixels, rows, tile_rows, tiles
+from memseg.nn.join import joined_channels, joined_size, read_rows, upsample_rows
+from memseg.nn.layout import Band, band_limit, bands, channels_last, empty_map, images, pixels, rows, tile_rows, tiles
 
 _aten = torch.ops.aten
 _Shape = torch.Size | Sequence[int]
@@ -54,7 +54,7 @@ def project(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tenso
     for tile in tiles(x):
         part = normalised[: tile.stop - tile.start]
         chains.norm_relu(x[tile], scale, shift, part)
-        _product(part, weight, bias, out[tile])
+        out[tile] = _product(part, weight, bias)
 
 
 @torch.library.custom_op("memseg::project_backward", mutates_args=("grad",))
@@ -64,6 +64,7 @@ def project_backward(
     scale: Tensor,
     shift: Tensor,
     mean: Tensor,
+    bias: Tensor,
     weight: Tensor,
     grad: Tensor,
     add: bool,
@@ -74,16 +75,14 @@ def project_backward(
     scale * g is written to `grad` (M, C), or added to it, without the terms through batch statistics.
     """
     grad_weight, sums = _gradients_like(weight, wants_sums)
-    normalised, grad_normalised = x.new_empty(2, tile_rows(x), x.shape[1])
+    back = weight.t().contiguous()
+    scratch = _Scratch(x.new_empty(tile_rows(x), x.shape[1]), scale, shift, mean, bias, wants_sums)
     for tile in tiles(x):
-        length = tile.stop - tile.start
-        part, grad_part = normalised[:length], grad_normalised[:length]
-        chains.norm_relu(x[tile], scale, shift, part)
-        _add_product(grad_weight, grad_out[tile], part)
-        torch.mm(grad_out[tile], weight, out=grad_part)
-        chains.spread(
-            grad_part, part, x[tile], scale, mean, sums if wants_sums else None, to=grad[tile], add=add
-        )
+        normalised, centred = scratch.normalise(x[tile])
+        _add_product(grad_weight, grad_out[tile], normalised)
+        part = _product(grad_out[tile], back)
+        chains.spread(part, normalised, scale, to=grad[tile], add=add, centred=centred, sums=sums)
+        del part
     return grad_weight, sums
 
 
@@ -95,12 +94,12 @@ def project_pooled(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias
     """out (N, O, H // 2, W // 2) = average of 2x2 of relu(scale * x + shift), times weight (O, C), of x (N, C, H, W)."""
     source, target = rows(x), rows(out)
     for band in _pool_bands(x):
-        normalised = _pool_band(source, band, scale, shift)
+        region = _pool_region(x, band)
+        normalised = torch.empty_like(source[region])
+        chains.norm_relu(source[region], scale, shift, normalised)
         pooled = F.avg_pool2d(images(normalised), 2)
         part = target[band.first : band.last, band.start // 2 : band.stop // 2]
-        product = x.new_empty(pooled.numel() // pooled.shape[1], weight.shape[0])
-        _product(pixels(pooled), weight, bias, product)
-        part.copy_(product.view(part.shape))
+        part.copy_(_product(pixels(pooled), weight, bias).view(part.shape))
 
 
 @torch.library.custom_op("memseg::project_pooled_backward", mutates_args=("grad",))
@@ -110,37 +109,33 @@ def project_pooled_backward(
     scale: Tensor,
     shift: Tensor,
     mean: Tensor,
+    bias: Tensor,
     weight: Tensor,
     grad: Tensor,
     wants_sums: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `project_backward`, of x and grad (N, C, H, W) and grad_out (N, O, H // 2, W // 2)."""
     grad_weight, sums = _gradients_like(weight, wants_sums)
+    back = weight.t().contiguous()
     source, target, grads = rows(x), rows(grad), rows(grad_out)
     if x.shape[2] % 2 or x.shape[3] % 2:
         grad.zero_()  # pooling leaves out the last row or column of an odd side
     for band in _pool_bands(x):
-        normalised = _pool_band(source, band, scale, shift)
+        region = _pool_region(x, band)
+        scratch = _Scratch(torch.empty_like(source[region]), scale, shift, mean, bias, wants_sums)
+        normalised, centred = scratch.normalise(source[region])
         pooled = pixels(F.avg_pool2d(images(normalised), 2))
         grad_part = grads[band.first : band.last, band.start // 2 : band.stop // 2].reshape(-1, weight.shape[0])
         _add_product(grad_weight, grad_part, pooled)
         del pooled
-        grad_pooled = torch.mm(grad_part, weight).mul_(0.25)
+        grad_pooled = _product(grad_part, back).mul_(0.25)
         batch, height, width, channels = normalised.shape
-        grad_normalised = torch.empty_like(normalised)
-        quarters = grad_normalised.view(batch, height // 2, 2, width // 2, 2, channels)
+        part = torch.empty_like(normalised)
+        quarters = part.view(batch, height // 2, 2, width // 2, 2, channels)
         quarters.copy_(grad_pooled.view(batch, height // 2, 1, width // 2, 1, channels))
-        region = (slice(band.first, band.last), slice(band.start, band.stop), slice(0, width))
-        chains.spread(
-            grad_normalised,
-            normalised,
-            source[region],
-            scale,
-            mean,
-            sums if wants_sums else None,
-            to=target[region],
-            add=False,
-        )
+        del grad_pooled
+        chains.spread(part, normalised, scale, to=target[region], add=False, centred=centred, sums=sums)
+        del scratch, normalised, centred, part
     return grad_weight, sums
 
 
@@ -187,53 +182,81 @@ def convolve_backward(
     input, all of the fine size.
     """
     grad_weight, sums = _gradients_like(weight, wants_sums)
-    halo, weight = _halo(weight, dilation), channels_last(weight)
-    targets = [rows(grad) for grad in grads]
-    done = 0
+    halo, kernel, size = _halo(weight, dilation), channels_last(weight), joined_size(inputs)
     for band in _conv_bands(inputs, halo):
         part = _is_part(band, grad_out)
         normalised = _conv_band(inputs, band, scale, shift)
-        grad_band = channels_last(grad_out[band.first : band.last, :, band.start : band.stop])
+        grad_band = _grad_band(grad_out, band, halo if part else 0)
+        own = slice(halo, grad_band.shape[2] - halo) if part else slice(None)
         padding = [0 if part else halo, halo]
-        grad_x, grad_w, _ = _aten.convolution_backward(
-            grad_band,
-            images(normalised),
-            weight,
-            None,
-            [1, 1],
-            padding,
-            [dilation] * 2,
-            False,
-            [0, 0],
-            1,
-            [True, True, False],
+        grad_weight += _convolution_backward(
+            channels_last(grad_band[:, :, own]), images(normalised), kernel, padding, dilation, of_weight=True
         )
-        grad_weight += grad_w
-        del grad_w, grad_band
-        inside = slice(band.above, band.above + band.high - band.low)
-        g = rows(channels_last(grad_x))[:, inside]
-        x = read_rows(inputs, band) if len(inputs) > 1 else rows(inputs[0])[band.first : band.last, band.low : band.high]
-        chains.mask_and_sum(g, normalised[:, inside], x, mean, sums if wants_sums else None)
-        del x, normalised, grad_x
-        # Neighbouring bands both reach the rows at their border, each with its share of the gradient.
-        shared = max(0, done - band.low) if band.start > 0 else 0
+        normalised = normalised[:, own]
+        # With its neighbours' rows the gradient reaches every row of the band in full, so that none is visited twice.
+        padding = [2 * halo if part else halo, halo]
+        grad_x = rows(
+            _convolution_backward(grad_band, images(normalised), kernel, padding, dilation, of_weight=False)
+        )
+        del grad_band
         start = 0
-        for target in targets:
-            stop = start + target.shape[3]
-            region = target[band.first : band.last, band.low : band.high]
-            region[:, :shared] += g[:, :shared, :, start:stop]
-            region[:, shared:] = g[:, shared:, :, start:stop]
-            start = stop
-        done = band.high
-        del g
+        for index, (target, x) in enumerate(zip(grads, inputs, strict=True)):
+            channels = slice(start, start + target.shape[1])
+            region = rows(target)[band.first : band.last, band.start : band.stop]
+            chains.mask(grad_x[..., channels], normalised[..., channels], region)
+            if wants_sums and index < len(inputs) - 1:
+                up = channels_last(upsample_rows(x[band.first : band.last], size, band.start, band.stop))
+                sums[:, channels] += chains.moments(region, rows(up), mean[channels])
+            start = channels.stop
+        del normalised, grad_x
+    if wants_sums:
+        own = slice(-inputs[-1].shape[1], None)
+        sums[:, own] += chains.moments(rows(grads[-1]), rows(channels_last(inputs[-1])), mean[own])
     return grad_weight, sums
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+def _convolution_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, padding: list[int], dilation: int, *, of_weight: bool
+) -> Tensor:
+    """Gradient of a convolution's weight, or of x, of which then the shape alone is looked at; channels-last."""
+    grads = _aten.convolution_backward(
+        grad_out,
+        x,
+        weight,
+        None,
+        [1, 1],
+        padding,
+        [dilation] * 2,
+        False,
+        [0, 0],
+        1,
+        [not of_weight, of_weight, False],
+    )
+    return cast(Tensor, grads[1]) if of_weight else channels_last(grads[0])
+
+
+def _grad_band(grad_out: Tensor, band: Band, halo: int) -> Tensor:
+    """Rows start - halo .. stop + halo of a gradient (N, O, H, W), zeros outside the image; channels-last."""
+    if not halo:
+        return channels_last(grad_out[band.first : band.last])
+    height = band.stop - band.start + 2 * halo
+    out = empty_map(grad_out, 1, grad_out.shape[1], (height, grad_out.shape[3]))
+    out[:, :, : band.above].zero_()
+    out[:, :, height - band.below :].zero_()
+    out[:, :, band.above : height - band.below].copy_(grad_out[band.first : band.last, :, band.low : band.high])
+    return out
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (M, C) @ weight.T (C, O) + bias.
+
+    On CPUs with several threads as a 1x1 convolution over one row of pixels: oneDNN's is faster than the matrix product
+    of the BLAS that torch comes with (`python -m benchmarks.products`). With one thread, or in float64, torch does not
+    take oneDNN's.
+    """
+    if x.device.type != "cpu" or x.dtype == torch.float64 or torch.get_num_threads() == 1:
+        return F.linear(x, weight, bias)
+    return pixels(F.conv2d(x.t()[None, :, None], channels_last(weight[:, :, None, None]), bias))
 
 
 def _add_product(total: Tensor, grad_out: Tensor, x: Tensor) -> None:
@@ -286,12 +309,30 @@ def _pool_bands(x: Tensor) -> list[Band]:
     return bands(x.shape[0], (height, width), row_bytes, band_limit(x), halo=0, multiple=2)
 
 
-def _pool_band(source: Tensor, band: Band, scale: Tensor, shift: Tensor) -> Tensor:
-    width = source.shape[2] // 2 * 2
-    x = source[band.first : band.last, band.start : band.stop, :width]
-    out = x.new_empty(x.shape)
-    chains.norm_relu(x, scale, shift, out)
-    return out
+def _pool_region(x: Tensor, band: Band) -> tuple[slice, slice, slice]:
+    """A band of (N, H, W, C), without the last column of an odd width."""
+    return slice(band.first, band.last), slice(band.start, band.stop), slice(0, x.shape[3] // 2 * 2)
+
+
+class _Scratch:
+    """A band's normalised map, and what is centred where sums are wanted, in memory that serves band after band."""
+
+    def __init__(
+        self, like: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, bias: Tensor, wants_sums: bool
+    ) -> None:
+        self._normalised = like
+        self._centred = torch.empty_like(like, dtype=mean.dtype) if wants_sums else None
+        self._scale, self._shift, self._mean, self._bias = scale, shift, mean, bias
+
+    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """relu(bn(x)), and x - mean or None."""
+        normalised = self._normalised[: x.shape[0]]
+        if self._centred is None:
+            chains.norm_relu(x, self._scale, self._shift, normalised)
+            return normalised, None
+        centred = self._centred[: x.shape[0]]
+        chains.centre_norm_relu(x, self._mean, self._scale, self._bias, centred=centred, normalised=normalised)
+        return normalised, centred
 
 
 # What a trace on fake tensors needs of them: outputs, scratch, work
@@ -312,12 +353,16 @@ convolve.register_fake(_fake_nothing)
 
 
 @project_backward.register_fake
-def _(grad_out: Any, x: Any, scale: Any, shift: Any, mean: Any, weight: Tensor, grad: Any, add: Any, wants: bool) -> Any:
+def _(
+    grad_out: Any, x: Any, scale: Any, shift: Any, mean: Any, bias: Any, weight: Tensor, grad: Any, add: Any, wants: bool
+) -> Any:
     return _fake_gradients(weight, wants)
 
 
 @project_pooled_backward.register_fake
-def _(grad_out: Any, x: Any, scale: Any, shift: Any, mean: Any, weight: Tensor, grad: Any, wants: bool) -> Any:
+def _(
+    grad_out: Any, x: Any, scale: Any, shift: Any, mean: Any, bias: Any, weight: Tensor, grad: Any, wants: bool
+) -> Any:
     return _fake_gradients(weight, wants)
 
 

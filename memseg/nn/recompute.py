@@ -22,12 +22,14 @@ from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from memseg.errors import InputError, ProblemsError, UnknownNameError, suggest
 from memseg.levels import Recompute
+from memseg.nn.autograd import is_traced
 from memseg.nn.batch_norm import BatchNorm2d, statistics_paused
 
 Result = TypeVar("Result")
@@ -41,7 +43,8 @@ def recompute(model: nn.Module, levels: Recompute | str | Mapping[str, Recompute
     takes that back. The model stays as it is but for this: same modules, names, state dict and hooks; copies and
     pickles keep their levels. In the second run random numbers and autocast are those of the first, and running
     statistics of batch and instance norms stand still; everything else that a forward does besides computing its
-    result (printing, hooks of inner modules, power iterations of spectral norm) is done again.
+    result (printing, hooks of inner modules, power iterations of spectral norm) is done again. A module that
+    overwrites its input raises InputError in forward.
 
     Args:
         model: Changed in place.
@@ -60,9 +63,9 @@ def recompute(model: nn.Module, levels: Recompute | str | Mapping[str, Recompute
     >>> recompute(model, {"1.*": "units"})
     Traceback (most recent call last):
     memseg.errors.ProblemsError: recompute: 3 problems
-      1.0: a Linear takes none or segment, got units
-      1.1: a GELU takes none or segment, got units
-      1.2: a Dropout takes none or segment, got units
+      1.0: Linear takes none or segment, got units
+      1.1: GELU takes none or segment, got units
+      1.2: Dropout takes none or segment, got units
     >>> recompute(model, "none")
     """
     modules = dict(model.named_modules())
@@ -74,7 +77,7 @@ def recompute(model: nn.Module, levels: Recompute | str | Mapping[str, Recompute
         _set_level(modules[name], level)
 
 
-@torch._disable_dynamo  # torch.compiler.disable, but without importing the compiler before it is needed
+@_disable_dynamo  # torch.compiler.disable, but without importing the compiler before it is needed
 def rebuild(function: Callable[..., Result], *inputs: Any, owner: nn.Module | None = None) -> Result:
     """function(*inputs), keeping only the inputs for backward, which runs the function a second time.
 
@@ -86,11 +89,22 @@ def rebuild(function: Callable[..., Result], *inputs: Any, owner: nn.Module | No
         owner: The module whose torch norms the function runs; memseg's own norms need none.
 
     torch.compile leaves it to eager execution.
+
+    Raises:
+        InputError: the function overwrites one of its inputs, so that a second run would read something else.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
     second = _SecondRun(owner)
-    return cast(Result, checkpoint(function, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), second)))
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    versions = [x._version for x in tensors]
+    out = checkpoint(function, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), second))
+    if versions != [x._version for x in tensors]:
+        raise InputError(
+            f"what is rebuilt must leave its inputs as they are, but {type(owner or function).__name__} overwrites one "
+            "in place; use inplace=False there, or rebuild it together with the module that makes this input"
+        )
+    return out
 
 
 def parse_level(level: Recompute | str) -> Recompute:
@@ -117,7 +131,7 @@ def _for_all(modules: Mapping[str, nn.Module], level: str) -> dict[str, Recomput
         return chosen | {name: level for name, module in modules.items() if _is_rebuilt(module)}
     if not chosen:
         raise InputError(
-            f"recompute: a level alone is for modules of memseg's, and a {type(modules['']).__name__} has none; name "
+            f"recompute: a level alone is for modules of memseg's, and {type(modules['']).__name__} has none; name "
             "modules of its own, as in {'layer1.*': 'segment'}, or convert it first"
         )
     return chosen
@@ -154,11 +168,11 @@ def _refusal(module: nn.Module, level: Recompute) -> str | None:
     if has_levels(module) or level is Recompute.NONE:
         return None
     if level is not Recompute.SEGMENT:
-        return f"a {kind} takes none or segment, got {level}"
+        return f"{kind} takes none or segment, got {level}"
     if isinstance(module, torch.jit.ScriptModule):
-        return f"a {kind} is compiled by TorchScript, and its forward cannot be run from outside; script it later"
+        return f"{kind} is compiled by TorchScript, and its forward cannot be run from outside; script it later"
     if type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
-        return f"a {kind} has no forward to run again; name its members"
+        return f"{kind} has no forward to run again; name its members"
     return None
 
 
@@ -192,7 +206,7 @@ class _RebuiltForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module = cast(nn.Module, self.module())
         plain = self.plain or partial(type(module).forward, module)
-        if not torch.is_grad_enabled():
+        if is_traced() or not torch.is_grad_enabled():
             return plain(*args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
 
@@ -213,7 +227,9 @@ class _RebuiltForward:
 def _device_markers(module: nn.Module) -> list[Tensor]:
     """An empty tensor on the module's accelerator: checkpoint keeps the random state of its inputs' devices only."""
     parameter = next(module.parameters(), None)
-    return [] if parameter is None or parameter.device.type == "cpu" else [torch.empty(0, device=parameter.device)]
+    if parameter is None or parameter.device.type in ("cpu", "meta"):
+        return []
+    return [torch.empty(0, device=parameter.device)]
 
 
 class _SecondRun(ExitStack):
@@ -240,6 +256,7 @@ def _copies_lent(owner: nn.Module) -> Iterator[None]:
     """Inside, the torch norms of a module that follow their batches write to copies of their statistics.
 
     Copies, not a momentum of 0, for torch.utils.checkpoint wants the second run to save as many tensors as the first.
+    What is not seen: a batch that another thread runs forward through the same norm meanwhile is not counted.
     """
     norms = [norm for norm in owner.modules() if isinstance(norm, _NormBase) and not isinstance(norm, BatchNorm2d)]
     norms = [norm for norm in norms if norm.training and norm.running_mean is not None]

@@ -91,7 +91,9 @@ def test_a_resnet_trains_as_if_nothing_were_rebuilt(levels):
     assert_same(step(rebuilt.eval(), inputs), step(plain.eval(), inputs))
 
 
-@pytest.mark.parametrize("levels", [{"blocks.*": "segment"}, {"": "segment", "blocks.0": "segment", "*.?.mlp": "segment"}])
+@pytest.mark.parametrize(
+    "levels", [{"blocks.*": "segment"}, {"": "segment", "blocks.0": "segment", "*.?.mlp": "segment"}]
+)
 def test_dropout_keywords_and_structures_of_tensors_survive(levels):
     plain, rebuilt = pair(Transformer())
     recompute(rebuilt, levels)
@@ -234,6 +236,15 @@ def test_second_runs_that_overlap_in_two_threads_leave_the_statistics_alone():
     assert_same(dict(model.named_buffers()), before)
 
 
+def test_a_module_that_overwrites_its_input_is_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True))
+    recompute(model, {"1": "segment"})
+    with pytest.raises(InputError, match="must leave its inputs as they are, but ReLU overwrites one in place; use"):
+        model(torch.randn(2, 3))
+    recompute(model, {"1": "none", "": "segment"})
+    model(torch.randn(2, 3)).sum().backward()
+
+
 class Watches(nn.Module):
     """Notes the state that its forwards see."""
 
@@ -288,16 +299,16 @@ def kept_bytes(model, x):
 
 
 def test_a_rebuilt_module_keeps_its_output_and_the_random_state():
-    # Plainly, each of the two inner modules also keeps what it makes, and the norm mean and deviation of 4 channels.
+    # Plainly, what the norm reads is kept too, and its mean and deviation of 4 channels.
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Tanh())
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     pixels = 2 * 8 * 8
     kept_bytes(model, x)
-    assert kept_bytes(model, x) == FLOAT_BYTES * (3 * 4 * pixels + 2 * 4)
+    assert kept_bytes(model, x) == FLOAT_BYTES * (2 * 4 * pixels + 2 * 4)
     recompute(model, {"": "segment"})
     assert kept_bytes(model, x) == FLOAT_BYTES * 4 * pixels + RANDOM_STATE_BYTES
     recompute(model, {"": "none"})
-    assert kept_bytes(model, x) == FLOAT_BYTES * (3 * 4 * pixels + 2 * 4)
+    assert kept_bytes(model, x) == FLOAT_BYTES * (2 * 4 * pixels + 2 * 4)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -403,27 +414,30 @@ def test_a_pattern_matches_between_dots_and_the_last_one_holds(levels, expected)
     assert rebuilt_names(model) == expected
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # Of Python 3.14 on, or of old age
 def test_what_cannot_be_is_refused_all_at_once_and_changes_nothing():
-    model = nn.ModuleDict({"list": nn.ModuleList([nn.Linear(2, 2)]), "scripted": torch.nn.Identity()})
+    model = nn.ModuleDict({"list": nn.ModuleList([nn.Linear(2, 2)]), "scripted": torch.jit.script(nn.Tanh())})
     with pytest.raises(ProblemsError) as caught:
-        recompute(model, {"list.0": "segment", "list": "segment", "": "norms"})
+        recompute(model, {"list.0": "segment", "list": "segment", "scripted": "segment", "": "norms"})
     assert str(caught.value).splitlines() == [
-        "recompute: 2 problems",
-        "  list: a ModuleList has no forward to run again; name its members",
-        "  the model itself: a ModuleDict takes none or segment, got norms",
+        "recompute: 3 problems",
+        "  list: ModuleList has no forward to run again; name its members",
+        "  scripted: RecursiveScriptModule is compiled by TorchScript, and its forward cannot be run from outside; "
+        "script it later",
+        "  the model itself: ModuleDict takes none or segment, got norms",
     ]
-    assert rebuilt_names(model) == []
+    assert rebuilt_names(model["list"]) == []
 
 
 def test_names_and_levels_that_do_not_exist_are_refused():
     model = small_resnet()
     with pytest.raises(UnknownNameError, match=r"unknown module 'layer1\.7'; did you mean layer1\.1\?"):
         recompute(model, {"layer1.7": "segment"})
-    with pytest.raises(UnknownNameError, match=r"unknown module 'zzz\.\*'; known: avgpool, bn1, conv1, fc, layer1, layer2"):
+    with pytest.raises(UnknownNameError, match=r"unknown module 'zzz\.\*'; known: avgpool, bn1, conv1, fc, layer1"):
         recompute(model, {"zzz.*": "segment"})
     with pytest.raises(UnknownNameError, match=r"unknown recompute level 'segments'; did you mean segment\?"):
         recompute(model, {"layer1": "segments"})
-    with pytest.raises(InputError, match="a ResNet has none; name modules of its own"):
+    with pytest.raises(InputError, match="ResNet has none; name modules of its own"):
         recompute(model, "units")
     assert rebuilt_names(model) == []
 
@@ -435,6 +449,7 @@ def test_a_function_is_rebuilt_with_its_owners_statistics_left_alone():
     assert norm.num_batches_tracked == 1
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own look
 def test_a_compiled_model_leaves_what_is_rebuilt_to_eager_execution():
     plain, rebuilt = pair(nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), nn.Tanh()))
     recompute(rebuilt, {"1": "segment"})
