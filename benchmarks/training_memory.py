@@ -57,7 +57,7 @@ _COUNTED = {
     True: "forward, loss, backward and Adam: all bytes from before the model is built, parameters, buffers, gradients, "
     "optimizer state and batch included",
 }
-_TELLING = ("OMP_", "KMP_", "GOMP_", "MKL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "TORCH")
+_TELLING = ("OMP_", "KMP_", "GOMP_", "MKL_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "TORCH")
 """How names of environment variables begin that can change the figures."""
 
 _FIGURES, _RESULTS, _OUTPUT = "figures.json", "results.pt", "output.txt"

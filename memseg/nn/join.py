@@ -5,15 +5,17 @@ band of fine rows can be made by itself.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from memseg.nn import chains
+from memseg.nn.autograd import wide_dtype
+from memseg.nn.banded import banded
 from memseg.nn.batch_norm import Statistics, batch_statistics, join_statistics
-from memseg.nn.layout import Band, band_limit, bands, channels_last, images, rows
+from memseg.nn.layout import Band, band_limit, bands, channels_last, images, narrowed, rows
 
 _aten = torch.ops.aten
 
@@ -78,27 +80,55 @@ def joined_statistics(inputs: Sequence[Tensor]) -> Statistics:
     return Statistics(torch.cat([mean, own.mean]), torch.cat([var, own.var]), own.count)
 
 
-@torch.library.custom_op("memseg::upsampled_statistics", mutates_args=())
+def _bands(coarse: Tensor, size: tuple[int, int]) -> list[Band]:
+    row_bytes = size[1] * coarse.shape[1] * coarse.element_size()
+    return bands(coarse.shape[0], size, row_bytes, band_limit(coarse), halo=0)
+
+
+def _narrow(coarse: Tensor, size: tuple[int, int]) -> tuple[Tensor, int, int]:
+    """The coarse map over a few bands, and images and rows of the fine one."""
+    batch, height = narrowed(_bands(coarse, size), coarse.shape[0], size[0])
+    return coarse[:batch, :, : -(-height * coarse.shape[2] // size[0])], batch, height
+
+
+def _narrow_statistics(coarse: Tensor, height: int, width: int) -> tuple[Any, ...]:
+    part, _, fine_rows = _narrow(coarse, (height, width))
+    return part, fine_rows, width
+
+
+def _fake_statistics(coarse: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    wide = wide_dtype(coarse.dtype)
+    return coarse.new_empty(coarse.shape[1], dtype=wide), coarse.new_empty(coarse.shape[1], dtype=wide)
+
+
+@banded(narrow=_narrow_statistics, fake=_fake_statistics)
 def upsampled_statistics(coarse: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,) of F.interpolate(coarse, (height, width), mode="bilinear")."""
     parts = []
-    for band in upsample_bands(coarse, (height, width)):
+    for band in _bands(coarse, (height, width)):
         up = upsample_rows(coarse[band.first : band.last], (height, width), band.start, band.stop)
         parts.append(batch_statistics(channels_last(up)))
+        del up
     means, variances = torch.stack([part.mean for part in parts]), torch.stack([part.var for part in parts])
     counts = means.new_tensor([part.count for part in parts]).unsqueeze(1)
     mean, var, _ = join_statistics(means, variances, counts)
     return mean, var
 
 
-@torch.library.custom_op("memseg::complete_upsampled", mutates_args=("grad",))
+def _narrow_complete(grad: Tensor, coarse: Tensor, *numbers: Tensor) -> tuple[Any, ...]:
+    part, batch, height = _narrow(coarse, (grad.shape[2], grad.shape[3]))
+    return grad[:batch, :, :height], part, *numbers
+
+
+@banded(mutates=["grad"], narrow=_narrow_complete)
 def complete_upsampled(grad: Tensor, coarse: Tensor, scale: Tensor, constant: Tensor, slope: Tensor) -> None:
     """grad = scale * grad + constant + slope * x in place, x being `coarse` upsampled to the size of `grad`."""
     size = (grad.shape[2], grad.shape[3])
-    for band in upsample_bands(coarse, size):
+    for band in _bands(coarse, size):
         up = upsample_rows(coarse[band.first : band.last], size, band.start, band.stop)
         part = rows(grad)[band.first : band.last, band.start : band.stop]
         chains.complete(part, rows(channels_last(up)), scale, constant, slope)
+        del up
 
 
 def upsample_backward(grad: Tensor, coarse: Tensor) -> Tensor:
@@ -107,20 +137,3 @@ def upsample_backward(grad: Tensor, coarse: Tensor) -> Tensor:
         channels_last(grad), list(grad.shape[2:]), list(coarse.shape), False, None, None
     )
     return cast(Tensor, out)
-
-
-def upsample_bands(coarse: Tensor, size: tuple[int, int]) -> list[Band]:
-    """Bands of the upsampled map."""
-    row_bytes = size[1] * coarse.shape[1] * coarse.element_size()
-    return bands(coarse.shape[0], size, row_bytes, band_limit(coarse), halo=0)
-
-
-@upsampled_statistics.register_fake
-def _(coarse: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    wide = torch.float32 if coarse.element_size() < 4 else coarse.dtype
-    return coarse.new_empty(coarse.shape[1], dtype=wide), coarse.new_empty(coarse.shape[1], dtype=wide)
-
-
-@complete_upsampled.register_fake
-def _(grad: Tensor, coarse: Tensor, scale: Tensor, constant: Tensor, slope: Tensor) -> None:
-    return None

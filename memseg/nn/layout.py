@@ -9,6 +9,8 @@ passes over it. On an accelerator bands are large: few large products beat many 
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ matrix products over bands of 2 to 8 MiB ran at the rate of whole maps, over 1 M
 (`python -m benchmarks.bands`)."""
 _BAND_BYTES_ELSEWHERE = 64 * 2**20
 """Small beside any card."""
+_planned_for: ContextVar[str | None] = ContextVar("memseg_bands_of", default=None)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -61,7 +64,17 @@ def as_pixels(x: Tensor) -> Tensor:
 
 def band_limit(x: Tensor) -> int:
     """Bytes of a band on the device of x."""
-    return _BAND_BYTES.get(x.device.type, _BAND_BYTES_ELSEWHERE)
+    return _BAND_BYTES.get(_planned_for.get() or x.device.type, _BAND_BYTES_ELSEWHERE)
+
+
+@contextmanager
+def bands_of(device: str) -> Iterator[None]:
+    """Inside, bands are those of a type of device, wherever tensors lie: for tracing what would happen there."""
+    token = _planned_for.set(device)
+    try:
+        yield
+    finally:
+        _planned_for.reset(token)
 
 
 def tiles(x: Tensor) -> Iterator[slice]:
@@ -116,3 +129,11 @@ def bands(batch: int, size: tuple[int, int], row_bytes: int, limit: int, *, halo
             low, high = max(0, start - halo), min(height, stop + halo)
             found.append(Band(n, n + 1, start, stop, low, high, low - (start - halo), stop + halo - high))
     return found
+
+
+def narrowed(found: list[Band], batch: int, height: int) -> tuple[int, int]:
+    """Images and rows of a map with just the bands that differ: two of whole images, or a first, an inner and a last."""
+    first = found[0]
+    if first.stop == height:
+        return min(batch, 2 * (first.last - first.first)), height
+    return 1, min(height, 3 * first.stop)

@@ -151,8 +151,8 @@ def _working_dtype(logits: Tensor) -> torch.dtype:
     return torch.promote_types(logits.dtype, torch.float32)
 
 
-def _sums_and_gradient(band: Tensor, target: Tensor, terms: _Terms) -> tuple[Tensor, Tensor]:
-    """Sums over a band's pixels of the loss and of the labels' weights; the logits become the gradient of the loss.
+def _sums_and_gradient(band: Tensor, target: Tensor, terms: _Terms) -> Tensor:
+    """Sums over a band's pixels of the loss and of the labels' weights, (2,); the logits become the gradient of the loss.
 
     A pixel wants `own` of its label and, with smoothing, `spread` of every class. With q the two together and z the
     logits less the highest one, its loss is -sum(q * log p) = -(sum(q * z) + sum(q) * log(max p)), where nothing
@@ -183,7 +183,7 @@ def _sums_and_gradient(band: Tensor, target: Tensor, terms: _Terms) -> tuple[Ten
     if spread is not None:
         band.addcmul_(spread.view(-1, 1, 1), counted, value=-1)
     band.scatter_add_(0, labels, own.neg_())
-    return total, total_weight
+    return torch.stack((total, total_weight))
 
 
 def _spread(terms: _Terms, band: Tensor) -> Tensor | None:
@@ -198,18 +198,18 @@ class _BandedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, terms: _Terms) -> Tensor:
         dtype = _working_dtype(logits)
-        classes, size = logits.shape[1], (target.shape[1], target.shape[2])
+        classes, (height, width) = logits.shape[1], target.shape[1:]
         grad = torch.zeros_like(logits, dtype=dtype) if ctx.needs_input_grad[0] else None
-        total, total_weight = logits.new_zeros((2,), dtype=dtype)
+        sums = logits.new_zeros(2, dtype=dtype)
         with torch.autocast(logits.device.type, enabled=False):
             for image in range(len(logits)):
-                for rows in bands(size[0], size[1] * (classes * dtype.itemsize + _PIXEL_BYTES)):
-                    band = upsample_rows(logits[image : image + 1], size, rows).squeeze(0)
-                    band_total, band_weight = _sums_and_gradient(band, target[image, rows], terms)
-                    total += band_total
-                    total_weight += band_weight
+                for rows in bands(height, width * (classes * dtype.itemsize + _PIXEL_BYTES)):
+                    band = upsample_rows(logits[image : image + 1], (height, width), rows).squeeze(0)
+                    sums += _sums_and_gradient(band, target[image, rows], terms)
                     if grad is not None:
-                        _add_row_gradient(grad[image], band, size[0], rows)
+                        _add_row_gradient(grad[image], band, height, rows)
+                    del band  # Before the next one is made.
+        total, total_weight = sums
         # Where nothing counts, dividing by infinity leaves 0.
         divisor = total_weight.masked_fill(total_weight == 0, math.inf)
         if grad is not None:
@@ -221,5 +221,5 @@ class _BandedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        dtype: torch.dtype = ctx.dtype
-        return (grad * grad_loss).to(dtype), None, None
+        grad_logits: Tensor = grad * grad_loss
+        return grad_logits.to(ctx.dtype), None, None

@@ -5,9 +5,7 @@ themselves. Here it is made band by band (`memseg.nn.layout`): normalise a band 
 backward walks the same bands. 1x1 convolutions are matrix products over pixels; 2x2 average pooling behind one, as in
 a DenseNet's transition, is done before it, on the band, as the two commute: a quarter of the products.
 
-Each walk is an operator of its own. A trace on fake tensors then sees one operation instead of thousands, and
-torch.compile a node that it need not look into. What an operator allocates inside itself is written beside it, as a
-function of the same arguments (`scratch_of`).
+Each walk is an operator of its own (`memseg.nn.banded`).
 
 Maps are (N, C, H, W), channels-last or slices of channels of such; a unit's `inputs` are one map, or a coarse and a
 fine one that are joined (`memseg.nn.join`). Per-channel numbers are (C,) in `wide_dtype`.
@@ -15,7 +13,7 @@ fine one that are joined (`memseg.nn.join`). Per-channel numbers are (C,) in `wi
 Source: Pleiss et al., arXiv:1707.06990, for rebuilding from shared memory.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -25,29 +23,34 @@ from torch.utils.flop_counter import register_flop_formula
 
 from memseg.nn import chains
 from memseg.nn.autograd import wide_dtype
+from memseg.nn.banded import banded
 from memseg.nn.join import joined_channels, joined_size, read_rows, upsample_rows
-from memseg.nn.layout import Band, band_limit, bands, channels_last, empty_map, images, pixels, rows, tile_rows, tiles
+from memseg.nn.layout import (
+    Band,
+    band_limit,
+    bands,
+    channels_last,
+    empty_map,
+    images,
+    narrowed,
+    pixels,
+    rows,
+    tile_rows,
+    tiles,
+)
 
 _aten = torch.ops.aten
 _Shape = torch.Size | Sequence[int]
 
-scratch_of: dict[Any, Callable[..., int]] = {}
-"""Most bytes that an operator of ours (its overload packet) allocates inside itself beside what it returns, as a
-function of its arguments."""
-
-
-def _scratch(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    def register(count: Callable[..., int]) -> Callable[..., int]:
-        scratch_of[getattr(torch.ops.memseg, name)] = count
-        return count
-
-    return register
-
-
 # 1x1 convolutions
 
 
-@torch.library.custom_op("memseg::project", mutates_args=("out",))
+def _narrow_project(x: Tensor, scale: Any, shift: Any, weight: Any, bias: Any, out: Tensor) -> tuple[Any, ...]:
+    first = slice(0, tile_rows(x))
+    return x[first], scale, shift, weight, bias, out[first]
+
+
+@banded(mutates=["out"], narrow=_narrow_project)
 def project(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out (M, O) = relu(scale * x + shift) @ weight.T + bias, of x (M, C) and weight (O, C)."""
     normalised = x.new_empty(tile_rows(x), x.shape[1])
@@ -57,7 +60,13 @@ def project(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tenso
         out[tile] = _product(part, weight, bias)
 
 
-@torch.library.custom_op("memseg::project_backward", mutates_args=("grad",))
+def _narrow_project_backward(grad_out: Tensor, x: Tensor, *others: Any) -> tuple[Any, ...]:
+    first = slice(0, tile_rows(x))
+    *numbers, grad, add, wants_sums = others
+    return grad_out[first], x[first], *numbers, grad[first], add, wants_sums
+
+
+@banded(mutates=["grad"], narrow=_narrow_project_backward, fake=lambda *args: _fake_gradients(args[6], args[9]))
 def project_backward(
     grad_out: Tensor,
     x: Tensor,
@@ -89,7 +98,12 @@ def project_backward(
 # 1x1 convolutions behind 2x2 average pooling
 
 
-@torch.library.custom_op("memseg::project_pooled", mutates_args=("out",))
+def _narrow_pooled(x: Tensor, scale: Any, shift: Any, weight: Any, bias: Any, out: Tensor) -> tuple[Any, ...]:
+    batch, height = narrowed(_pool_bands(x), x.shape[0], x.shape[2] // 2 * 2)
+    return x[:batch, :, :height], scale, shift, weight, bias, out[:batch, :, : height // 2]
+
+
+@banded(mutates=["out"], narrow=_narrow_pooled)
 def project_pooled(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out (N, O, H // 2, W // 2) = average of 2x2 of relu(scale * x + shift), times weight (O, C), of x (N, C, H, W)."""
     source, target = rows(x), rows(out)
@@ -99,10 +113,19 @@ def project_pooled(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias
         chains.norm_relu(source[region], scale, shift, normalised)
         pooled = F.avg_pool2d(images(normalised), 2)
         part = target[band.first : band.last, band.start // 2 : band.stop // 2]
+        del normalised
         part.copy_(_product(pixels(pooled), weight, bias).view(part.shape))
+        del pooled
 
 
-@torch.library.custom_op("memseg::project_pooled_backward", mutates_args=("grad",))
+def _narrow_pooled_backward(grad_out: Tensor, x: Tensor, *others: Any) -> tuple[Any, ...]:
+    batch, height = narrowed(_pool_bands(x), x.shape[0], x.shape[2] // 2 * 2)
+    *numbers, grad, wants_sums = others
+    part = slice(0, batch), slice(None), slice(0, height)
+    return grad_out[:batch, :, : height // 2], x[part], *numbers, grad[part], wants_sums
+
+
+@banded(mutates=["grad"], narrow=_narrow_pooled_backward, fake=lambda *args: _fake_gradients(args[6], args[8]))
 def project_pooled_backward(
     grad_out: Tensor,
     x: Tensor,
@@ -142,7 +165,21 @@ def project_pooled_backward(
 # k x k convolutions
 
 
-@torch.library.custom_op("memseg::convolve", mutates_args=("out",))
+def _narrow_inputs(inputs: list[Tensor], weight: Tensor, dilation: int) -> tuple[list[Tensor], int, int]:
+    """The inputs over a few bands, and images and rows of the fine one."""
+    fine = inputs[-1]
+    batch, height = narrowed(_conv_bands(inputs, _halo(weight, dilation)), fine.shape[0], fine.shape[2])
+    return [x[:batch, :, : -(-height * x.shape[2] // fine.shape[2])] for x in inputs], batch, height
+
+
+def _narrow_convolve(
+    inputs: list[Tensor], scale: Any, shift: Any, weight: Tensor, bias: Any, dilation: int, out: Tensor
+) -> tuple[Any, ...]:
+    parts, batch, height = _narrow_inputs(inputs, weight, dilation)
+    return parts, scale, shift, weight, bias, dilation, out[:batch, :, :height]
+
+
+@banded(mutates=["out"], narrow=_narrow_convolve)
 def convolve(
     inputs: list[Tensor],
     scale: Tensor,
@@ -164,7 +201,14 @@ def convolve(
         del made
 
 
-@torch.library.custom_op("memseg::convolve_backward", mutates_args=("grads",))
+def _narrow_convolve_backward(grad_out: Tensor, inputs: list[Tensor], *others: Any) -> tuple[Any, ...]:
+    *numbers, weight, dilation, grads, wants_sums = others
+    parts, batch, height = _narrow_inputs(inputs, weight, dilation)
+    region = slice(0, batch), slice(None), slice(0, height)
+    return grad_out[region], parts, *numbers, weight, dilation, [grad[region] for grad in grads], wants_sums
+
+
+@banded(mutates=["grads"], narrow=_narrow_convolve_backward, fake=lambda *args: _fake_gradients(args[5], args[8]))
 def convolve_backward(
     grad_out: Tensor,
     inputs: list[Tensor],
@@ -256,7 +300,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.device.type != "cpu" or x.dtype == torch.float64 or torch.get_num_threads() == 1:
         return F.linear(x, weight, bias)
-    return pixels(F.conv2d(x.t()[None, :, None], channels_last(weight[:, :, None, None]), bias))
+    return pixels(F.conv2d(images(x.reshape(1, -1, 1, x.shape[1])), channels_last(weight[:, :, None, None]), bias))
 
 
 def _add_product(total: Tensor, grad_out: Tensor, x: Tensor) -> None:
@@ -335,42 +379,12 @@ class _Scratch:
         return normalised, centred
 
 
-# What a trace on fake tensors needs of them: outputs, scratch, work
-
-
-def _fake_nothing(*_: Any) -> None:
-    return None
-
-
 def _fake_gradients(weight: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor]:
     wide = wide_dtype(weight.dtype)
     return torch.empty_like(weight, dtype=wide), weight.new_empty(2, weight.shape[1] if wants_sums else 0, dtype=wide)
 
 
-project.register_fake(_fake_nothing)
-project_pooled.register_fake(_fake_nothing)
-convolve.register_fake(_fake_nothing)
-
-
-@project_backward.register_fake
-def _(
-    grad_out: Any, x: Any, scale: Any, shift: Any, mean: Any, bias: Any, weight: Tensor, grad: Any, add: Any, wants: bool
-) -> Any:
-    return _fake_gradients(weight, wants)
-
-
-@project_pooled_backward.register_fake
-def _(
-    grad_out: Any, x: Any, scale: Any, shift: Any, mean: Any, bias: Any, weight: Tensor, grad: Any, wants: bool
-) -> Any:
-    return _fake_gradients(weight, wants)
-
-
-@convolve_backward.register_fake
-def _(
-    grad_out: Any, inputs: Any, scale: Any, shift: Any, mean: Any, weight: Tensor, dil: Any, grads: Any, wants: bool
-) -> Any:
-    return _fake_gradients(weight, wants)
+# Multiplications and additions, for the flop counter
 
 
 @register_flop_formula(torch.ops.memseg.project)

@@ -263,8 +263,7 @@ def _copies_lent(owner: nn.Module) -> Iterator[None]:
     with _lent_lock:
         for norm in norms:
             count, own = _lent.get(norm, (0, dict(norm._buffers)))
-            if not count:
-                norm._buffers |= {name: buffer if buffer is None else buffer.clone() for name, buffer in own.items()}
+            norm._buffers |= {name: buffer if buffer is None else buffer.clone() for name, buffer in own.items()}
             _lent[norm] = count + 1, own
     try:
         yield

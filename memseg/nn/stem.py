@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memseg.nn import chains
-from memseg.nn.autograd import compute_dtype, once_differentiable, wide_dtype, without_autocast
+from memseg.nn.autograd import compute_dtype, once_differentiable, without_autocast
+from memseg.nn.banded import banded
 from memseg.nn.batch_norm import BatchNorm2d
 from memseg.nn.layout import band_limit, channels_last, empty_map, images, pixels, rows, tiles
 from memseg.nn.norm_relu import NormRelu
@@ -112,7 +113,34 @@ def _side(value: int | tuple[int, ...]) -> int:
     return value if isinstance(value, int) else value[0]
 
 
-@torch.library.custom_op("memseg::pool_normalised", mutates_args=())
+def _narrow_pool(x: Tensor, size: tuple[int, int], kernel: int, stride: int) -> tuple[int, int]:
+    """Rows of x that make a few bands, and pooled rows that they make."""
+    height = min(size[0], 2 * _window_bands(x, size, stride)[0][2])
+    return min(x.shape[2], (height - 1) * stride + kernel), height
+
+
+def _narrow_normalised(
+    x: Tensor, scale: Any, shift: Any, kernel: int, stride: int, padding: int, wants_offsets: bool
+) -> tuple[Any, ...]:
+    high, _ = _narrow_pool(x, _pooled_size(x, kernel, stride, padding), kernel, stride)
+    return x[:1, :, :high], scale, shift, kernel, stride, padding, wants_offsets
+
+
+def _fake_normalised(
+    x: Tensor, scale: Any, shift: Any, kernel: int, stride: int, padding: int, wants_offsets: bool
+) -> tuple[Tensor, Tensor]:
+    size = _pooled_size(x, kernel, stride, padding)
+    offsets = empty_map(x.new_empty(0, dtype=torch.int8), x.shape[0] if wants_offsets else 0, x.shape[1], size)
+    return empty_map(x, x.shape[0], x.shape[1], size), offsets
+
+
+def _narrow_scatter(grad_out: Tensor, offsets: Tensor, x: Tensor, *others: Any) -> tuple[Any, ...]:
+    *_, kernel, stride, _ = others
+    high, height = _narrow_pool(x, (grad_out.shape[2], grad_out.shape[3]), kernel, stride)
+    return grad_out[:1, :, :height], offsets[:1, :, :height], x[:1, :, :high], *others
+
+
+@banded(narrow=_narrow_normalised, fake=_fake_normalised)
 def pool_normalised(
     x: Tensor, scale: Tensor, shift: Tensor, kernel: int, stride: int, padding: int, wants_offsets: bool
 ) -> tuple[Tensor, Tensor]:
@@ -133,16 +161,19 @@ def pool_normalised(
         pooled, indices = F.max_pool2d(
             images(band), kernel, stride, (0, padding), return_indices=True
         )
+        del band
         out[image, :, start:stop].copy_(pooled[0])
         if wants_offsets:
             corner = _corners(x, size[1], stop - start, stride, padding)
             row, column = indices // x.shape[3], indices % x.shape[3]
             found = (row - corner[0]) * kernel + (column - corner[1])
             offsets[image, :, start:stop].copy_(found.masked_fill_(pooled <= 0, -1)[0])
+            del row, column, found
+        del pooled, indices
     return out, offsets
 
 
-@torch.library.custom_op("memseg::pool_sums", mutates_args=())
+@banded(narrow=_narrow_scatter, fake=lambda grad_out, offsets, x, mean, *_: mean.new_empty(2, x.shape[1]))
 def pool_sums(
     grad_out: Tensor, offsets: Tensor, x: Tensor, mean: Tensor, kernel: int, stride: int, padding: int
 ) -> Tensor:
@@ -152,11 +183,12 @@ def pool_sums(
         reach, part = _scatter(grad_out, offsets, x, image, start, stop, kernel, stride, padding)
         wide = part.to(mean.dtype)
         sums[0] += wide.sum((0, 1))
-        sums[1] += (rows(x)[image, reach].to(mean.dtype) - mean).mul_(wide).sum((0, 1))
+        sums[1] += (rows(x)[image, reach] - mean).mul_(wide).sum((0, 1))
+        del part, wide
     return sums
 
 
-@torch.library.custom_op("memseg::pool_backward", mutates_args=("x",))
+@banded(mutates=["x"], narrow=_narrow_scatter)
 def pool_backward(
     grad_out: Tensor,
     offsets: Tensor,
@@ -171,10 +203,11 @@ def pool_backward(
     """x = scale * g + constant + slope * x in place: the map becomes its own gradient."""
     flat = pixels(x)
     for tile in tiles(flat):
-        flat[tile] = (flat[tile].to(slope.dtype) * slope).add_(constant)
+        flat[tile] = torch.addcmul(constant, flat[tile].to(slope.dtype), slope)
     for image, start, stop in _window_bands(x, (grad_out.shape[2], grad_out.shape[3]), stride):
         reach, part = _scatter(grad_out, offsets, x, image, start, stop, kernel, stride, padding)
         rows(x)[image, reach] += part.to(scale.dtype).mul_(scale)
+        del part
 
 
 def _pooled_size(x: Tensor, kernel: int, stride: int, padding: int) -> tuple[int, int]:
@@ -227,24 +260,3 @@ def _scatter(
         channels_last(grad), shape, [kernel] * 2, [stride] * 2, [0, padding], [1, 1], False, channels_last(indices)
     )
     return slice(low, high), rows(part)[0, above : above + high - low]
-
-
-@pool_normalised.register_fake
-def _(
-    x: Tensor, scale: Any, shift: Any, kernel: int, stride: int, padding: int, wants_offsets: bool
-) -> tuple[Tensor, Tensor]:
-    size = _pooled_size(x, kernel, stride, padding)
-    int8 = x.new_empty(0, dtype=torch.int8)
-    return empty_map(x, x.shape[0], x.shape[1], size), empty_map(
-        int8, x.shape[0] if wants_offsets else 0, x.shape[1], size
-    )
-
-
-@pool_sums.register_fake
-def _(grad_out: Any, offsets: Any, x: Tensor, mean: Tensor, *_: Any) -> Tensor:
-    return mean.new_empty(2, x.shape[1])
-
-
-@pool_backward.register_fake
-def _(*_: Any) -> None:
-    return None

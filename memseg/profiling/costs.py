@@ -67,7 +67,7 @@ def model_costs(
         model = build().train()
         model.check_image(image, batch=batch)
         dtype = next(model.parameters()).dtype
-        images = torch.empty(batch, 3, *image, dtype=dtype)
+        images = torch.empty(batch, 3, *image, dtype=dtype).contiguous(memory_format=torch.channels_last)
         target = torch.empty(batch, *image, dtype=torch.uint8)
         objective = Objective(aux_weight)
         layouts = {plain: _layouts(model, objective, images, target, plain=plain) for plain in (True, False)}

@@ -82,7 +82,7 @@ def measure_step(
         objective = Objective(aux_weight)
         stepper = optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
         dtype = next(model.parameters()).dtype
-        images = torch.randn(batch, 3, *image, dtype=dtype)
+        images = torch.randn(batch, 3, *image, dtype=dtype).contiguous(memory_format=torch.channels_last)
         target = torch.randint(model.num_classes, (batch, *image), dtype=torch.uint8)
         for _ in range(_MEASURED_STEPS):
             training_step(model, objective, stepper, images, target)

@@ -142,7 +142,7 @@ def _trace(
     """The timeline is taken here, while what outlives the step is still alive."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(parameters)
-    images = torch.empty(batch, 3, *image, dtype=parameters[0].dtype)
+    images = torch.empty(batch, 3, *image, dtype=parameters[0].dtype).contiguous(memory_format=torch.channels_last)
     target = torch.empty(batch, *image, dtype=torch.uint8)
     tracer = StepTracer([*named_layers(model), (LOSS, objective)], device=device)
     know_parameters(tracer, model)

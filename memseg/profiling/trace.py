@@ -2,8 +2,8 @@
 
 Fake tensors have shapes and storages but no memory, so a step of any size runs on any machine. A dispatch mode sees
 every operation below autograd: each storage that an operation returns for the first time is an allocation, and its
-end is seen through a weak reference. What a kernel allocates and frees inside itself is not seen, but for the
-workspaces of convolutions, which `memseg.profiling.workspace` knows.
+end is seen through a weak reference. What a kernel allocates and frees inside itself is not seen: for convolutions
+`memseg.profiling.workspace` knows it, for operators of ours `memseg.profiling.scratch`.
 
 Layers are known in forward by module hooks. In backward the running autograd node tells: its sequence number lies
 between those that were current when its module was entered and left.
@@ -12,7 +12,7 @@ between those that were current when its module was entered and left.
 import weakref
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from memseg.planning.costs import Work
 from memseg.profiling.timeline import Allocation, Category, Phase, Timeline
+from memseg.profiling.scratch import operator_scratch
 from memseg.profiling.workspace import Transient, convolution_workspace
 
 _aten = torch.ops.aten
@@ -148,15 +149,35 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        with self:
+            # Below autograd's own dispatch, as in the body of a banded operator, composite operations arrive whole.
+            parts = func.decompose(*args, **(kwargs or {}))
+        if parts is not NotImplemented:
+            return parts
         out = func(*args, **(kwargs or {}))
         layer = self._layer()
+        made = _tensors(out)
+        if func.overloadpacket is _aten.native_batch_norm_backward:
+            # Fake ones are made of all three gradients, real ones of those that are wanted.
+            made = [tensor for tensor, wanted in zip(out, args[9], strict=True) if wanted]
         transients = convolution_workspace(func, args, self._device)
-        for index, tensor in enumerate(_tensors(out)):
+        scratch = operator_scratch(func, args, self._device, self._peak_of)
+        if scratch is not None:
+            transients.append(Transient(len(made), scratch))
+        for index, tensor in enumerate(made):
             self._allocate_briefly(transients, index, layer)
             self._see(tensor, layer)
-        self._allocate_briefly(transients, len(_tensors(out)), layer)
+        self._allocate_briefly(transients, len(made), layer)
         self._count_work(func, args, kwargs or {}, out, layer)
         return out
+
+    def _peak_of(self, run: Callable[[], Any], inputs: list[Tensor]) -> int:
+        tracer = StepTracer(device=self._device)
+        tracer.know(inputs, Category.INPUT)
+        before = tracer.allocated_bytes
+        with tracer:
+            run()
+        return tracer.peak_bytes - before
 
     def _see(self, tensor: Tensor, layer: str) -> _Live:
         storage = tensor.untyped_storage()

@@ -105,6 +105,7 @@ def test_memory_efficient_is_switched_off_and_the_batch_counts_once_again():
     assert "features.denseblock2: _DenseBlock of 3 layers -> DenseBlock, memory_efficient switched off" in str(
         conversion
     )
+    assert not any(hasattr(layer, "memory_efficient") for layer in efficient.features.denseblock2.layers)
     inputs = random_inputs([IMAGES])
     assert_same(step(efficient, inputs), step(plain, inputs))
 
@@ -295,6 +296,7 @@ def stem_with(conv=None, norm=None, pool=None):
         (unit_with(norm=nn.SyncBatchNorm(4)), "0", "0 is of SyncBatchNorm"),
         (stem_with(conv=nn.Conv2d(8, 4, 3)), "0", "one node only for up to 4 channels"),
         (stem_with(conv=nn.Conv2d(3, 4, 3, padding="same")), "0", "must pad by zeros, as told in numbers"),
+        (stem_with(conv=nn.Conv2d(3, 4, 3, padding_mode="reflect")), "0", "must pad by zeros, as told in numbers"),
         (stem_with(pool=nn.MaxPool2d(2, ceil_mode=True)), "0", "must have a plain square window of up to 11"),
         (stem_with(pool=nn.MaxPool2d(2, return_indices=True)), "0", "must have a plain square window"),
         (stem_with(pool=nn.MaxPool2d(13)), "0", "must have a plain square window"),
@@ -477,6 +479,27 @@ def test_levels_of_a_converted_network_can_be_set_by_name():
     assert_same(step(other, inputs), step(plain, inputs))
 
 
+def test_a_sequential_rebuilds_nothing_around_what_rebuilds_itself():
+    model, runs = densenet(), []
+    convert(model, recompute="segment")
+    model.features.denseblock2.register_forward_hook(lambda *_: runs.append("block"))
+    model.features.norm5.register_forward_hook(lambda *_: runs.append("norm"))
+    model(torch.randn(IMAGES)).sum().backward()
+    assert runs == ["block", "norm"]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_network_is_of_plain_operations(strict):
+    model = nn.Sequential(nn.Sequential(*unit(4)), block(), nn.Sequential(nn.Conv2d(12, 2, 1), nn.Tanh())).eval()
+    x = torch.randn(2, 4, 6, 6)
+    expected = model(x)
+    convert(model)
+    recompute(model, {"2": "segment"})
+    exported = torch.export.export(model, (x,), strict=strict)
+    assert not any("memseg" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x), expected)
+
+
 def peak_bytes(model, x):
     with watch_allocator() as peak:
         model(x).sum().backward()
@@ -512,6 +535,18 @@ def test_each_level_of_a_sequential_keeps_what_it_says():
     assert kept_bytes(model, x) == 2 * one_map + 2 * statistics
     recompute(model, "segment")
     assert kept_bytes(model, x) == one_map + random_state
+
+
+def test_a_stem_at_norms_also_keeps_what_its_convolution_makes():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    convert(model, recompute="units")
+    images, one_map, statistics = torch.randn(2, 3, 16, 16), 4 * 4 * 2 * 16 * 16, 4 * 2 * 4
+    kept_bytes(model, images)
+    # The output is a quarter of a map, and each of its numbers has an offset of one byte.
+    kept = one_map // 4 + one_map // 16 + statistics
+    assert kept_bytes(model, images) == kept
+    recompute(model, "norms")
+    assert kept_bytes(model, images) == kept + one_map
 
 
 def test_a_rebuilt_stretch_counts_a_batch_once_with_torchs_norms_too():
