@@ -30,6 +30,7 @@ from memseg.profiling.scratch import operator_scratch
 from memseg.profiling.workspace import Transient, convolution_workspace
 
 _aten = torch.ops.aten
+_COMPOSITE = {_aten.conv2d.default, _aten.conv2d.padding, _aten.linear.default}
 _FREE_OF_TRAFFIC = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty_strided}
 
 
@@ -149,11 +150,10 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with self:
-            # Below autograd's own dispatch, as in the body of a banded operator, composite operations arrive whole.
-            parts = func.decompose(*args, **(kwargs or {}))
-        if parts is not NotImplemented:
-            return parts
+        if func in _COMPOSITE:
+            # Below autograd's own dispatch, as in the body of a banded operator, these arrive whole.
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         layer = self._layer()
         made = _tensors(out)
