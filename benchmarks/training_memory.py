@@ -42,6 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import training_alternatives
 from benchmarks.result import machine, tell, versions
 from benchmarks.training_alternatives import DEFAULT, EXTRACTORS, VARIANTS, Task, Variant, Work, check_task
 from memseg.errors import MemsegError, UnknownNameError
@@ -63,8 +64,14 @@ _TELLING = ("OMP_", "KMP_", "GOMP_", "MKL_", "ONEDNN_", "DNNL_", "MALLOC_", "GLI
 _FIGURES, _RESULTS, _OUTPUT = "figures.json", "results.pt", "output.txt"
 """What a row's process leaves in its folder."""
 
-_SIGNS_OF_EXHAUSTION = ("could not create a", "could not execute a", "bad_alloc", "bad allocation")
-"""What oneDNN and the C++ library say instead of naming memory; heeded only under a limit."""
+_SIGNS_OF_EXHAUSTION = (
+    "could not create a",
+    "could not execute a",
+    "bad_alloc",
+    "annot allocate memory",
+    "out of memory",
+)
+"""What oneDNN, the C++ library and compilers say where torch names memory itself; heeded only under a limit."""
 
 
 @dataclass(frozen=True)
@@ -331,11 +338,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         {
             "row": row["name"],
             "peak": _shown(row["peak_allocated_bytes"], format_bytes),
-            "of plain": _shown(row["peak_ratio_to_plain"], "{:.3f}".format),
-            "resident": _shown(row["rss_rise_bytes"], format_bytes),
+            "peak/plain": _shown(row["peak_ratio_to_plain"], "{:.3f}".format),
+            "resident rise": _shown(row["rss_rise_bytes"], format_bytes),
             "step": _shown(row["step_seconds"], format_seconds),
-            "of plain's": _shown(row["step_ratio_to_plain"], "{:.3f}".format),
-            "of batch norm's": _shown(row["step_ratio_to_batch_norm"], "{:.3f}".format),
+            "step/plain": _shown(row["step_ratio_to_plain"], "{:.3f}".format),
+            "step/batch norm": _shown(row["step_ratio_to_batch_norm"], "{:.3f}".format),
             "first step": _shown(row["first_step_seconds"], format_seconds),
             "outputs off": _shown(row["output_difference_to_plain"], "{:.0e}".format),
             "gradients off": _shown(row["gradient_difference_to_plain"], "{:.0e}".format),
@@ -356,7 +363,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.training_memory",
-        description=f"{__doc__}\nrows: {', '.join(VARIANTS)}\n",
+        description=f"{__doc__}\n{training_alternatives.__doc__}",
+        epilog=f"without --only: {', '.join(DEFAULT)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -364,7 +372,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", default=EXTRACTORS[0], help=f"an extractor or a whole network with its losses: {models}")
     add("--image", default="512x1024", help="HEIGHTxWIDTH in pixels (512x1024)")
     add("--batch", type=_count, default=2, help="images in the batch (2)")
-    add("--only", metavar="ROW,...", help="these rows; without it those of docs/benchmarks.md")
+    add("--only", metavar="ROW,...", help="these rows, whatever their order; below are those of a run without it")
     add("--whole-step", action="store_true", help="with Adam's step, and everything counted from an empty process on")
     add("--limit", metavar="SIZE", help="run each row in a process that may grow by no more than this, as in 4GiB")
     add("--steps", type=_count, default=5, help="steps that are timed in each round (5)")

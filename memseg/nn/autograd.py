@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -49,8 +50,21 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_traced() -> bool:
-    """Whether a tracer or exporter (torch.jit.trace, torch.export, ONNX) is recording: it wants plain operations."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    """Whether a tracer or exporter (torch.jit.trace, torch.fx, torch.export, ONNX) records: it wants plain operations."""
+    by_jit = torch._C._get_tracing_state() is not None
+    return by_jit or torch.compiler.is_exporting() or is_fx_symbolic_tracing()
+
+
+def check_dtypes(x: Tensor, weight: Tensor) -> None:
+    """Do nothing where a map and a weight can be convolved, as torch itself would judge.
+
+    Raises:
+        RuntimeError: their dtypes differ outside autocast.
+    """
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise RuntimeError(
+            f"input and weights must have the same dtype outside autocast, got {x.dtype} and {weight.dtype}"
+        )
 
 
 def refuse_scripting(module: torch.nn.Module) -> None:

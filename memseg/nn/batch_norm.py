@@ -38,7 +38,7 @@ class Statistics(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: Tensor | int
+    values: Tensor | int
     """Over all replicas: a 0-dim tensor. 0: fixed numbers, through which no gradient flows."""
 
 
@@ -51,12 +51,13 @@ def batch_statistics(x: Tensor) -> Statistics:
     count = x.numel() // x.shape[1]
     if count == 1:
         raise ValueError(f"batch statistics need more than 1 value per channel, got input size {tuple(x.shape)}")
-    running = (None, None)
+    running: tuple[Tensor | None, Tensor | None] = (None, None)
     if x.dtype in (torch.float16, torch.bfloat16):
         # With running statistics in float32, which a momentum of 0 leaves alone, torch accumulates in float32.
         zeros = x.new_zeros(x.shape[1], dtype=torch.float32)
         running = (zeros, zeros.clone())
-    return Statistics(*_aten.batch_norm_update_stats(x, *running, 0.0), count)
+    mean, var = _aten.batch_norm_update_stats(x, *running, 0.0)
+    return Statistics(mean, var, count)
 
 
 def join_statistics(means: Tensor, variances: Tensor, counts: Tensor) -> Statistics:
@@ -70,7 +71,7 @@ def join_statistics(means: Tensor, variances: Tensor, counts: Tensor) -> Statist
 def sync_statistics(local: Statistics, group: distributed.ProcessGroup) -> Statistics:
     """Of all replicas of a group, whose batches may differ in size: one all-gather of 2 C + 1 numbers."""
     channels = local.mean.numel()
-    count = local.mean.new_tensor([local.count])
+    count = local.mean.new_tensor([local.values])
     mine = torch.cat([local.mean, local.var, count])
     parts = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(parts, mine, group=group)
@@ -170,6 +171,19 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, norm={self.norm}, eps={self.eps}, momentum={self.momentum}"
+
+
+def check_norm(norm: nn.Module) -> None:
+    """Do nothing for a norm that the layers' own backward knows.
+
+    Raises:
+        TypeError: it is another module, such as torch's SyncBatchNorm.
+    """
+    if not isinstance(norm, BatchNorm2d):
+        raise TypeError(
+            f"norms must be memseg.nn.BatchNorm2d, got {type(norm).__name__}; "
+            "where SyncBatchNorm.convert_sync_batchnorm put it, leave that out and set each norm's `norm` to 'synced'"
+        )
 
 
 class _SyncedNorm(torch.autograd.Function):

@@ -56,7 +56,16 @@ def _moments(grad: Tensor, x: Tensor, mean: Tensor | None = None) -> Tensor:
     ones, zeros = (grad.new_full((channels,), value, dtype=wide) for value in (1, 0))
     # The part of batch norm's backward that sums, with a standard deviation of 1.
     _, moment, total = _aten.native_batch_norm_backward(
-        _as_map(grad), _as_map(x), ones, None, None, zeros if mean is None else mean, ones, True, 0.0, [False, True, True]
+        _as_map(grad),
+        _as_map(x),
+        ones,
+        None,
+        None,
+        zeros if mean is None else mean,
+        ones,
+        True,
+        0.0,
+        [False, True, True],
     )
     return torch.stack([total, moment])
 
@@ -123,7 +132,14 @@ def moments(grad: Tensor, x: Tensor, mean: Tensor) -> Tensor:
 
 
 def spread(
-    grad: Tensor, normalised: Tensor, scale: Tensor, *, to: Tensor, add: bool, centred: Tensor | None, sums: Tensor | None
+    grad: Tensor,
+    normalised: Tensor,
+    scale: Tensor,
+    *,
+    to: Tensor,
+    add: bool,
+    centred: Tensor | None,
+    sums: Tensor | None,
 ) -> None:
     """`grad` masked in place, then scale * grad written to `to`, or added to it.
 

@@ -22,10 +22,18 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from memseg.levels import NormMode, Recompute
-from memseg.nn.autograd import compute_dtype, is_traced, once_differentiable, refuse_scripting, without_autocast
-from memseg.nn.batch_norm import BatchNorm2d, Statistics, batch_statistics
+from memseg.nn.autograd import (
+    check_dtypes,
+    compute_dtype,
+    is_traced,
+    once_differentiable,
+    refuse_scripting,
+    without_autocast,
+)
+from memseg.nn.batch_norm import BatchNorm2d, Statistics, batch_statistics, check_norm
 from memseg.nn.layout import channels_last, empty_map, pixels
 from memseg.nn.norm_relu import Line, NormRelu
 from memseg.nn.operators import convolve, convolve_backward, project, project_backward
@@ -143,8 +151,12 @@ class DenseBlock(nn.Module):
             return rebuild(self._node, x)
         return self._node(x)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _node(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            check_norm(layer.norm1)
+            check_norm(layer.norm2)
+            check_dtypes(x, layer.conv1.weight)
         parameters = [parameter for layer in self.layers for parameter in layer.node_parameters()]
         dtype = compute_dtype(x)
         with without_autocast(x.device.type):
@@ -175,8 +187,7 @@ class _DenseBlockNode(torch.autograd.Function):
         out[:, : block.in_channels].copy_(x)
         features = pixels(out)
         layers = block.layers
-        uses_batch = layers[0].norm1.uses_batch_statistics
-        known = _Known(block, x) if uses_batch else None
+        known = _Known(block, x) if any(layer.norm1.uses_batch_statistics for layer in layers) else None
         bottleneck = empty_map(x, batch, block.width, (height, width))
         notes: list[_Layer] = []
         statistics: list[Tensor] = []
@@ -186,7 +197,9 @@ class _DenseBlockNode(torch.autograd.Function):
             channels = block.in_channels + index * block.growth_rate
             if block.recompute is Recompute.NORMS and bottlenecks:
                 bottleneck = torch.empty_like(bottleneck)
-            first = known.of(layer.norm1, channels) if known else layer.norm1.running_statistics
+            first = layer.norm1.running_statistics
+            if known and layer.norm1.uses_batch_statistics:
+                first = known.of(layer.norm1, channels)
             norm1 = NormRelu.of(layer.norm1, first)
             conv1, conv2 = layer.conv1.weight.to(x.dtype).flatten(1), layer.conv2.weight.to(x.dtype)
             project(features[:, :channels], norm1.scale, norm1.shift, conv1, None, pixels(bottleneck))
@@ -281,9 +294,13 @@ class _DenseBlockNode(torch.autograd.Function):
             grad_x = empty_map(out, batch, ctx.in_channels, (height, width)).copy_(grad_map[:, : ctx.in_channels])
         flat = [gradient for layer_gradients in reversed(gradients) for gradient in layer_gradients]
         wanted = ctx.needs_input_grad[2:]
-        return None, grad_x, *(
-            gradient.to(parameter.dtype) if needed else None
-            for gradient, parameter, needed in zip(flat, parameters, wanted, strict=True)
+        return (
+            None,
+            grad_x,
+            *(
+                gradient.to(parameter.dtype) if needed else None
+                for gradient, parameter, needed in zip(flat, parameters, wanted, strict=True)
+            ),
         )
 
 
@@ -293,7 +310,7 @@ class _Known:
     def __init__(self, block: DenseBlock, x: Tensor) -> None:
         first = batch_statistics(x)
         self._mean, self._var = (part.new_empty(block.out_channels - block.growth_rate) for part in first[:2])
-        self._count, self._channels, self._norm = first.count, 0, block.layers[0].norm1
+        self._count, self._channels, self._norm = first.values, 0, block.layers[0].norm1
         self._write(first)
 
     def learn(self, grown: Tensor) -> None:
@@ -306,7 +323,7 @@ class _Known:
 
     def _write(self, part: Statistics) -> None:
         part = self._norm.join_replicas(part)
-        self._count = part.count
+        self._count = part.values
         stop = self._channels + part.mean.numel()
         self._mean[self._channels : stop], self._var[self._channels : stop] = part.mean, part.var
         self._channels = stop

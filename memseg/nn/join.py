@@ -77,7 +77,7 @@ def joined_statistics(inputs: Sequence[Tensor]) -> Statistics:
     if len(inputs) == 1:
         return own
     mean, var = upsampled_statistics(inputs[0], *joined_size(inputs))
-    return Statistics(torch.cat([mean, own.mean]), torch.cat([var, own.var]), own.count)
+    return Statistics(torch.cat([mean, own.mean]), torch.cat([var, own.var]), own.values)
 
 
 def _bands(coarse: Tensor, size: tuple[int, int]) -> list[Band]:
@@ -110,7 +110,7 @@ def upsampled_statistics(coarse: Tensor, height: int, width: int) -> tuple[Tenso
         parts.append(batch_statistics(channels_last(up)))
         del up
     means, variances = torch.stack([part.mean for part in parts]), torch.stack([part.var for part in parts])
-    counts = means.new_tensor([part.count for part in parts]).unsqueeze(1)
+    counts = means.new_tensor([part.values for part in parts]).unsqueeze(1)
     mean, var, _ = join_statistics(means, variances, counts)
     return mean, var
 

@@ -132,8 +132,8 @@ def bands(batch: int, size: tuple[int, int], row_bytes: int, limit: int, *, halo
 
 
 def narrowed(found: list[Band], batch: int, height: int) -> tuple[int, int]:
-    """Images and rows of a map with just the bands that differ: two of whole images, or a first, an inner and a last."""
+    """Images and rows of a map with just the bands that differ: two of whole images, or two of one image."""
     first = found[0]
     if first.stop == height:
         return min(batch, 2 * (first.last - first.first)), height
-    return 1, min(height, 3 * first.stop)
+    return 1, min(height, 2 * first.stop)

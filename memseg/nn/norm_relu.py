@@ -19,9 +19,32 @@ import torch
 from torch import Tensor, distributed
 
 from memseg.nn import chains
+from memseg.nn.banded import banded
 from memseg.nn.batch_norm import BatchNorm2d, Statistics
 from memseg.nn.join import complete_upsampled
-from memseg.nn.layout import rows, tiles
+from memseg.nn.layout import rows, tile_rows, tiles
+
+
+def _narrow(grad: Tensor, x: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
+    two = slice(0, 2 * tile_rows(x))
+    return grad[two], x[two], *numbers
+
+
+@banded(mutates=["grad"], narrow=_narrow)
+def complete(grad: Tensor, x: Tensor, scale: Tensor, constant: Tensor, slope: Tensor) -> None:
+    """grad = scale * grad + constant + slope * x in place, of matrices (M, C)."""
+    for tile in tiles(x):
+        chains.complete(grad[tile], x[tile], scale, constant, slope)
+
+
+@banded(mutates=["grad"], narrow=_narrow)
+def add_line(grad: Tensor, x: Tensor, constant: Tensor, slope: Tensor) -> None:
+    """grad += constant + slope * x, of matrices (M, C)."""
+    for tile in tiles(x):
+        if grad.dtype == slope.dtype:
+            grad[tile].add_(constant).addcmul_(x[tile], slope)
+        else:
+            grad[tile].add_(x[tile].to(slope.dtype).mul_(slope).add_(constant))
 
 
 class NormGradients(NamedTuple):
@@ -54,9 +77,7 @@ class NormRelu:
 
     def over(self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> "NormRelu":
         """The same norm with the tensors that backward was given."""
-        return NormRelu(
-            weight, bias, Statistics(mean, var, self.statistics.count), self.eps, self.group, self.trained
-        )
+        return NormRelu(weight, bias, Statistics(mean, var, self.statistics.values), self.eps, self.group, self.trained)
 
     def without_tensors(self) -> "NormRelu":
         """What backward needs beside the tensors that autograd keeps: see `over`."""
@@ -66,7 +87,7 @@ class NormRelu:
     @property
     def uses_batch(self) -> bool:
         """Whether gradients flow through the statistics."""
-        return not (isinstance(self.statistics.count, int) and self.statistics.count == 0)
+        return not (isinstance(self.statistics.values, int) and self.statistics.values == 0)
 
     @property
     def needs_sums(self) -> bool:
@@ -105,7 +126,7 @@ class NormRelu:
         if self.group is not None:
             total = sums.clone()
             distributed.all_reduce(total, group=self.group)
-        per_pixel = total / self.statistics.count
+        per_pixel = total / self.statistics.values
         slope = -self.scale * self.std_inverse.square() * per_pixel[1]
         return NormGradients(weight, bias, -self.scale * per_pixel[0] - slope * self.statistics.mean, slope)
 
@@ -118,11 +139,10 @@ class NormRelu:
             channels: Those of the norm that x has.
         """
         scale, constant, slope = (part[channels] for part in (self.scale, gradients.constant, gradients.slope))
-        for tile in tiles(x):
-            if self.uses_batch:
-                chains.complete(grad[tile], x[tile], scale, constant, slope)
-            else:
-                grad[tile].mul_(scale)
+        if self.uses_batch:
+            complete(grad, x, scale, constant, slope)
+        else:
+            grad.mul_(scale)
 
     def complete_upsampled_(self, grad: Tensor, coarse: Tensor, gradients: NormGradients) -> None:
         """As `complete_`, of the first channels, x being `coarse` upsampled to the size of `grad` (N, C, H, W)."""
@@ -148,10 +168,4 @@ class Line:
 
     def add_to(self, grad: Tensor, x: Tensor, channels: slice) -> None:
         """Add the line to columns `channels` of `grad` (M, C), x being the map itself."""
-        part, read = grad[:, channels], x[:, channels]
-        constant, slope = self.constant[channels], self.slope[channels]
-        for tile in tiles(part):
-            if part.dtype == slope.dtype:
-                part[tile].add_(constant).addcmul_(read[tile], slope)
-            else:
-                part[tile].add_(read[tile].to(slope.dtype).mul_(slope).add_(constant))
+        add_line(grad[:, channels], x[:, channels], self.constant[channels], self.slope[channels])

@@ -10,10 +10,18 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from memseg.levels import NormMode, Recompute
-from memseg.nn.autograd import compute_dtype, is_traced, once_differentiable, refuse_scripting, without_autocast
-from memseg.nn.batch_norm import BatchNorm2d
+from memseg.nn.autograd import (
+    check_dtypes,
+    compute_dtype,
+    is_traced,
+    once_differentiable,
+    refuse_scripting,
+    without_autocast,
+)
+from memseg.nn.batch_norm import BatchNorm2d, check_norm
 from memseg.nn.join import join, joined_size, joined_statistics, upsample_backward
 from memseg.nn.layout import as_pixels, channels_last, empty_map, pixels
 from memseg.nn.norm_relu import Line, NormRelu
@@ -103,7 +111,7 @@ class Blend(NormReluConv):
         super().__init__(coarse_channels + skip_channels, out_channels, kernel_size=3, norm=norm, recompute=recompute)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_disable_dynamo
 def norm_relu_conv(*inputs: Tensor, norm: BatchNorm2d, conv: nn.Conv2d, pool: bool = False) -> Tensor:
     """conv(relu(norm(x))) as one autograd node that keeps only its inputs and the norm's statistics.
 
@@ -116,6 +124,9 @@ def norm_relu_conv(*inputs: Tensor, norm: BatchNorm2d, conv: nn.Conv2d, pool: bo
     Returns:
         (N, O, H, W), or (N, O, H // 2, W // 2) with `pool`; channels-last.
     """
+    check_norm(norm)
+    for x in inputs:
+        check_dtypes(x, conv.weight)
     dtype = compute_dtype(inputs[0])
     with without_autocast(inputs[0].device.type):
         wanted = [x.to(dtype) for x in inputs]

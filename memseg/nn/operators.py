@@ -239,9 +239,7 @@ def convolve_backward(
         normalised = normalised[:, own]
         # With its neighbours' rows the gradient reaches every row of the band in full, so that none is visited twice.
         padding = [2 * halo if part else halo, halo]
-        grad_x = rows(
-            _convolution_backward(grad_band, images(normalised), kernel, padding, dilation, of_weight=False)
-        )
+        grad_x = rows(_convolution_backward(grad_band, images(normalised), kernel, padding, dilation, of_weight=False))
         del grad_band
         start = 0
         for index, (target, x) in enumerate(zip(grads, inputs, strict=True)):

@@ -11,18 +11,19 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from memseg.nn import chains
-from memseg.nn.autograd import compute_dtype, once_differentiable, without_autocast
+from memseg.nn.autograd import check_dtypes, compute_dtype, once_differentiable, without_autocast
 from memseg.nn.banded import banded
-from memseg.nn.batch_norm import BatchNorm2d
+from memseg.nn.batch_norm import BatchNorm2d, check_norm
 from memseg.nn.layout import band_limit, channels_last, empty_map, images, pixels, rows, tiles
 from memseg.nn.norm_relu import NormRelu
 
 _aten = torch.ops.aten
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_disable_dynamo
 def conv_norm_relu_pool(
     x: Tensor, *, conv: nn.Conv2d, norm: BatchNorm2d, pool: nn.MaxPool2d, keep_conv: bool = False
 ) -> Tensor:
@@ -39,6 +40,8 @@ def conv_norm_relu_pool(
         (N, O, h, w), channels-last.
     """
     parameters = (norm.weight, norm.bias, conv.weight, conv.bias)
+    check_norm(norm)
+    check_dtypes(x, conv.weight)
     dtype = compute_dtype(x)
     with without_autocast(x.device.type):
         return cast(Tensor, _StemNode.apply(norm, conv, pool, keep_conv, *parameters, x.to(dtype)))
@@ -59,10 +62,12 @@ class _StemNode(torch.autograd.Function):
         x: Tensor,
     ) -> Tensor:
         ctx.geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-        ctx.window = tuple(_side(value) for value in (pool.kernel_size, pool.stride, pool.padding))
+        ctx.window = _side(pool.kernel_size), _side(pool.stride), _side(pool.padding)
         convolved = _convolve(x, weight, bias, ctx.geometry)
         norm = NormRelu.of(module, module.statistics(convolved))
-        out, offsets = pool_normalised(convolved, norm.scale, norm.shift, *ctx.window, any(ctx.needs_input_grad))
+        kernel, stride, padding = ctx.window
+        wants_offsets = any(ctx.needs_input_grad)
+        out, offsets = pool_normalised(convolved, norm.scale, norm.shift, kernel, stride, padding, wants_offsets)
         ctx.norm, ctx.keep_conv, ctx.has_bias = norm.without_tensors(), keep_conv, bias is not None
         kept = [convolved] if keep_conv else []
         ctx.save_for_backward(norm_weight, norm_bias, weight, bias, *norm.statistics[:2], x, offsets, *kept)
@@ -155,12 +160,8 @@ def pool_normalised(
         # Below zero, so that what lies outside the image is never the largest.
         low, high, above, height = _reach(x, start, stop, kernel, stride, padding)
         band = x.new_full((1, height, x.shape[3], x.shape[1]), -1)
-        chains.norm_relu(
-            rows(x)[image : image + 1, low:high], scale, shift, band[:, above : above + high - low]
-        )
-        pooled, indices = F.max_pool2d(
-            images(band), kernel, stride, (0, padding), return_indices=True
-        )
+        chains.norm_relu(rows(x)[image : image + 1, low:high], scale, shift, band[:, above : above + high - low])
+        pooled, indices = F.max_pool2d(images(band), kernel, stride, (0, padding), return_indices=True)
         del band
         out[image, :, start:stop].copy_(pooled[0])
         if wants_offsets:

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from memseg.planning.costs import Work
-from memseg.profiling.timeline import Allocation, Category, Phase, Timeline
 from memseg.profiling.scratch import operator_scratch
+from memseg.profiling.timeline import Allocation, Category, Phase, Timeline
 from memseg.profiling.workspace import Transient, convolution_workspace
 
 _aten = torch.ops.aten
