@@ -6,7 +6,8 @@ from torch import nn
 from twins import MODULES, build, random_inputs, step
 
 from memseg.levels import NormMode, Recompute
-from memseg.nn import BatchNorm2d, DenseBlock, NormReluConv, recompute, statistics_paused
+from memseg.nn import BatchNorm2d, DenseBlock, NormReluConv, rebuild, statistics_paused
+from memseg.nn.batch_norm import Statistics
 
 
 def test_batch_mode_is_torchs_batch_norm():
@@ -22,7 +23,7 @@ def test_batch_mode_is_torchs_batch_norm():
 def test_running_statistics_follow_the_unbiased_variance():
     norm = BatchNorm2d(1, momentum=0.5)
     # 1, 1, 5, 5: mean 3, biased variance 4, unbiased 16 / 3; half way from mean 0 and variance 1.
-    norm.follow(torch.tensor([3.0]), torch.tensor([4.0]), count=4)
+    norm.follow(Statistics(torch.tensor([3.0]), torch.tensor([4.0]), 4))
     assert (norm.running_mean.item(), norm.num_batches_tracked.item()) == (1.5, 1)
     assert norm.running_var.item() == pytest.approx((1 + 16 / 3) / 2)
 
@@ -67,7 +68,7 @@ def test_paused_statistics_hold_still_and_change_no_output():
 
 def test_rebuilding_draws_the_same_random_numbers():
     x = torch.ones(1000, requires_grad=True)
-    out = recompute(lambda x: nn.functional.dropout(x), x)
+    out = rebuild(lambda x: nn.functional.dropout(x), x)
     torch.rand(1)
     out.sum().backward()
     assert torch.equal(x.grad, out.detach())

@@ -6,8 +6,8 @@ from torchvision.models.densenet import _DenseBlock, _Transition
 from twins import MODULES, assert_same, build, gradients, output_gradient, random_inputs, step, twins
 
 from memseg.levels import NormMode, Recompute
-from memseg.nn import DenseBlock, NormReluConv, kernels
-from memseg.nn.norm_relu_conv import join
+from memseg.nn import DenseBlock, NormReluConv, layout
+from memseg.nn.join import join
 
 REBUILDING = [level for level in Recompute if level is not Recompute.NONE]
 
@@ -54,14 +54,16 @@ def test_a_gradient_that_is_one_number_spread_out(name):
 
 
 @pytest.mark.parametrize("norm", NormMode)
-@pytest.mark.parametrize("name", ["dense block", "1x1", "transition"])
-def test_a_map_of_several_tiles_the_last_one_ragged(name, norm, monkeypatch):
-    monkeypatch.setattr(kernels, "_TILE_BYTES", {"cpu": 1})
+@pytest.mark.parametrize("name", MODULES)
+def test_a_map_of_many_bands_the_last_one_ragged(name, norm, monkeypatch):
+    monkeypatch.setattr(layout, "_BAND_BYTES", {"cpu": 1})
     plain, other = build(name, norm)
     other.recompute = Recompute.UNITS
-    ((_, channels, *_),) = MODULES[name][1]
-    inputs = random_inputs([(2, channels, 22, 26)])
-    assert kernels._tile_columns(kernels.to_channels(inputs[0])) == 512  # of 1144
+    inputs = random_inputs([(2, shape[1], 5 * shape[2] + 3, 5 * shape[3]) for shape in MODULES[name][1]])
+    fine = inputs[-1]
+    if "stem" not in name:
+        assert len([*layout.tiles(layout.pixels(fine))]) > 1
+        assert len(layout.bands(2, tuple(fine.shape[2:]), 1, layout.band_limit(fine), halo=1)) > 4
     assert_same(step(other, inputs), step(plain, inputs))
 
 

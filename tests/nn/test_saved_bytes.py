@@ -42,9 +42,10 @@ BLOCK_INPUT = (2, 8, 8, 8)
     [
         # Every layer keeps its normalised input, its bottleneck and that normalised; every concatenation is kept.
         ("none", "batch", (8 + 12 + 16) + 3 * (16 + 16) + (12 + 16 + 20), 2 * (8 + 12 + 16) + 3 * 2 * 16),
-        # The buffer and the bottlenecks. Mean and variance of a channel once, those of a bottleneck for each layer.
-        ("norms", "batch", 20 + 3 * 16, 2 * 20 + 3 * 2 * 16),
-        ("units", "batch", 20, 2 * 20 + 3 * 2 * 16),
+        # The buffer and the bottlenecks. Mean and variance of a channel that is read once, those of a bottleneck for
+        # each layer.
+        ("norms", "batch", 20 + 3 * 16, 2 * 16 + 3 * 2 * 16),
+        ("units", "batch", 20, 2 * 16 + 3 * 2 * 16),
         # The buffer is the output; it lives as long as the block's reader wants it.
         ("segment", "batch", 20, 0),
         ("norms", "frozen", 20 + 3 * 16, 0),
@@ -82,20 +83,26 @@ def test_at_units_a_unit_keeps_its_output_and_the_statistics_of_its_norm(build, 
     assert kept_bytes(module, *inputs) == FLOAT_BYTES * numbers
 
 
+def test_a_context_rebuilt_whole_keeps_its_output_and_the_random_state():
+    context = Context(6, 7, 4, norm=NormMode.BATCH)
+    context.recompute = Recompute.SEGMENT
+    kept = kept_bytes(context, torch.randn(2, 6, 8, 8, requires_grad=True))
+    assert kept == FLOAT_BYTES * 4 * M + RANDOM_STATE_BYTES
+
+
 @pytest.mark.parametrize(
-    ("level", "build", "shape", "numbers"),
+    ("level", "convolved"),
     [
-        pytest.param("segment", lambda: Context(6, 7, 4, norm=NormMode.BATCH), (2, 6, 8, 8), 4 * M, id="context"),
-        pytest.param("units", lambda: Stem(4, norm=NormMode.BATCH), (2, 3, 32, 32), 4 * M, id="stem"),
+        ("units", 0),
         # What the stem's convolution makes lies at half the images' side, its output at a quarter.
-        pytest.param("norms", lambda: Stem(4, norm=NormMode.BATCH), (2, 3, 32, 32), 4 * 4 * M + 4 * M, id="stem norms"),
+        ("norms", 4 * 4 * M),
     ],
 )
-def test_what_is_rebuilt_whole_keeps_its_output_and_the_random_state(level, build, shape, numbers):
-    module = build()
-    module.recompute = Recompute(level)
-    kept = kept_bytes(module, torch.randn(shape, requires_grad=True))
-    assert kept == FLOAT_BYTES * numbers + RANDOM_STATE_BYTES
+def test_a_stem_keeps_its_output_and_a_byte_for_each_number_of_it(level, convolved):
+    stem = Stem(4, norm=NormMode.BATCH)
+    stem.recompute = Recompute(level)
+    kept = kept_bytes(stem, torch.randn(2, 3, 32, 32, requires_grad=True))
+    assert kept == FLOAT_BYTES * (4 * M + convolved + 2 * 4) + 4 * M
 
 
 def test_the_loss_keeps_the_coarse_gradient_and_nothing_of_full_size():
