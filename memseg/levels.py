@@ -1,4 +1,4 @@
-"""The two plain choices that every part of memseg shares: what to rebuild, and how batch norm counts."""
+"""The plain choices that every part of memseg shares: what to rebuild, how batch norm counts, in what precision."""
 
 from enum import StrEnum
 
@@ -25,3 +25,28 @@ class NormMode(StrEnum):
     """Running statistics, never updated, and a fixed affine: the paper's frozen-BN."""
     SYNCED = "synced"
     """The statistics of the batches of all replicas together; with one replica, the same as `batch`."""
+
+
+class Precision(StrEnum):
+    """What a training step computes in."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    BFLOAT16 = "bfloat16"
+    """Autocast: parameters, their gradients, statistics and the loss in float32, maps and convolutions in bfloat16."""
+    FLOAT16 = "float16"
+    """The same in float16, with a gradient scaler."""
+
+    @property
+    def parameters(self) -> str:
+        """Name of the type of parameters, gradients and optimizer state.
+
+        >>> Precision.BFLOAT16.parameters
+        'float32'
+        """
+        return "float64" if self is Precision.FLOAT64 else "float32"
+
+    @property
+    def is_half(self) -> bool:
+        """Whether autocast is on."""
+        return self in (Precision.BFLOAT16, Precision.FLOAT16)

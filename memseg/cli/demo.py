@@ -8,7 +8,7 @@ from memseg.cli.evaluate import print_scores
 from memseg.cli.planning import PlanRequest
 from memseg.cli.train import plan_for, print_result, train
 from memseg.errors import InputError
-from memseg.levels import NormMode
+from memseg.levels import NormMode, Precision
 
 _MODEL = "ladder-densenet169"
 _IMAGE = (1024, 2048)
@@ -69,7 +69,7 @@ def _plan_and_profile(out: Path) -> None:
         image=_IMAGE,
         batch=_BATCH,
         norm=NormMode.BATCH,
-        precision="float32",
+        precision=Precision.FLOAT32,
         aux_weight=0.3,
         cards=cards,
     )

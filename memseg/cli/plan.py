@@ -8,7 +8,7 @@ from pathlib import Path
 from memseg.cli.console import add_command, wide_console
 from memseg.cli.planning import PlanRequest, add_cards_options
 from memseg.errors import InputError
-from memseg.levels import NormMode
+from memseg.levels import NormMode, Precision
 from memseg.units import parse_image
 
 
@@ -30,7 +30,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--classes", type=class_count, default=19, help="classes to tell apart (default: 19)")
     parser.add_argument("--norm", choices=[mode.value for mode in NormMode], default=NormMode.BATCH.value)
     parser.add_argument(
-        "--precision", choices=("float32", "float64"), default="float32", help="of weights and activations"
+        "--precision",
+        choices=[precision.value for precision in Precision],
+        default=Precision.FLOAT32.value,
+        help="what a step computes in; bfloat16 and float16 are autocast (default: float32)",
     )
     add_cards_options(parser, required=True)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan as JSON")
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         image=parse_image(args.image),
         batch=args.batch,
         norm=NormMode(args.norm),
-        precision=args.precision,
+        precision=Precision(args.precision),
         aux_weight=0.3,
         cards=parse_cards(args.cards),
     )

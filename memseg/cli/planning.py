@@ -8,7 +8,7 @@ from typing import Literal
 
 from memseg.cli.console import progress_bar
 from memseg.errors import InputError
-from memseg.levels import NormMode
+from memseg.levels import NormMode, Precision
 from memseg.planning import Card, Change, ModelCosts, Plan, make_plan
 
 Strategy = Literal["auto", "single", "split"]
@@ -23,7 +23,7 @@ class PlanRequest:
         image: (height, width).
         batch: Images per step.
         norm: What batch norm normalises with.
-        precision: "float32" or "float64".
+        precision: What a step computes in.
         aux_weight: Of the objective.
         cards: To train on, all of one kind.
 
@@ -39,7 +39,7 @@ class PlanRequest:
         image: tuple[int, int],
         batch: int,
         norm: NormMode,
-        precision: str,
+        precision: Precision,
         aux_weight: float,
         cards: Sequence[Card],
     ) -> None:
@@ -75,13 +75,12 @@ class PlanRequest:
     def _costs(
         self, *, batch: int | None = None, norm: NormMode | None = None, image: tuple[int, int] | None = None
     ) -> ModelCosts:
-        import torch
-
         from memseg.models import build_model
+        from memseg.nn.precision import parameter_dtype
         from memseg.profiling.costs import model_costs
 
         norm = norm or self.norm
-        dtype = getattr(torch, self.precision)
+        dtype = parameter_dtype(self.precision)
         with progress_bar("profiling segments") as progress:
             return model_costs(
                 lambda: build_model(self.model, num_classes=self.num_classes, norm=norm, dtype=dtype),
@@ -89,6 +88,7 @@ class PlanRequest:
                 batch=batch or self.batch,
                 norm=norm,
                 aux_weight=self.aux_weight,
+                precision=self.precision,
                 device=self._kind,
                 progress=progress,
             )

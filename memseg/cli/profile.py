@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from memseg.cli.console import add_command, print_json, wide_console
 from memseg.errors import InputError, MemsegError, UnknownNameError
-from memseg.levels import NormMode, Recompute
+from memseg.levels import NormMode, Precision, Recompute
 from memseg.units import format_bytes, parse_image
 
 if TYPE_CHECKING:
@@ -46,13 +46,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--norm",
         choices=[str(mode) for mode in NormMode],
         default=str(NormMode.BATCH),
-        help="batch norm counts with the batch, or is frozen (default: batch)",
+        help="batch norm counts with the batch, is frozen, or counts with all replicas (default: batch)",
     )
     parser.add_argument(
         "--recompute",
         metavar="LEVEL",
         default=str(Recompute.NONE),
         help="how much is rebuilt in backward: none, norms, units or segment; or SEGMENT=LEVEL,... (default: none)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=[str(precision) for precision in Precision],
+        default=str(Precision.FLOAT32),
+        help="what the step computes in; bfloat16 and float16 are autocast (default: float32)",
     )
     parser.add_argument("--classes", metavar="N", type=int, default=19, help="classes of pixels (default: 19)")
     parser.add_argument(
@@ -88,13 +94,17 @@ def run(args: argparse.Namespace) -> int:
     _check(args, card)
 
     from memseg.models import build_model
+    from memseg.nn.precision import parameter_dtype
     from memseg.profiling.step import profile_step
     from memseg.reports.profile import ProfileReport, SortKey, profile_csv, profile_object, profile_view
 
-    norm = NormMode(args.norm)
-    build = partial(build_model, args.model, num_classes=args.classes, norm=norm)
+    norm, precision = NormMode(args.norm), Precision(args.precision)
+    dtype = parameter_dtype(precision)
+    build = partial(build_model, args.model, num_classes=args.classes, norm=norm, dtype=dtype)
     _tell(f"tracing a step of {args.model} on tensors without memory ...")
-    profile = profile_step(build, image=image, batch=args.batch, recompute=levels, device=card.kind)
+    profile = profile_step(
+        build, image=image, batch=args.batch, recompute=levels, precision=precision, device=card.kind
+    )
     report = ProfileReport(profile, card, norm, levels, judge_fit=args.card is not None)
     rows = report.rows(depth=args.depth, sort=SortKey(args.sort))
     if args.png:
@@ -183,7 +193,13 @@ def _measure(report: "ProfileReport", build: "Callable[[], SegmentedModel]") -> 
     predicted = profile.timeline.peak_allocated_bytes
     _tell(f"measuring real steps, which take {format_bytes(predicted)} and more ...")
     try:
-        measured = measure_step(build, image=profile.image, batch=profile.batch, recompute=report.recompute)
+        measured = measure_step(
+            build,
+            image=profile.image,
+            batch=profile.batch,
+            recompute=report.recompute,
+            precision=profile.precision,
+        )
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise

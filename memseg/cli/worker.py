@@ -27,6 +27,7 @@ from memseg.inference.labelling import Framing
 from memseg.models import build_model, load_encoder_file
 from memseg.models.objective import Objective
 from memseg.models.segmented import SegmentedModel
+from memseg.nn.precision import parameter_dtype
 from memseg.planning import LOSS, CardPlan, Plan, load_plan, parse_cards
 from memseg.profiling.measure import AllocatorPeak, watch_allocator
 from memseg.running import (
@@ -80,7 +81,7 @@ def _train(folder: Path, plan: Plan, card: CardPlan, rank: int) -> None:
     with ExitStack() as measuring, progress:
         peak = measuring.enter_context(watch_allocator(device))
         torch.manual_seed(recipe.train.seed)
-        dtype = getattr(torch, recipe.train.precision)
+        dtype = parameter_dtype(recipe.train.precision)
         model = build_model(recipe.model.name, num_classes=len(classes.names), norm=recipe.model.norm, dtype=dtype)
         if recipe.model.encoder_weights:
             load_encoder_file(model, recipe.model.encoder_weights)
@@ -123,7 +124,7 @@ def _runner(model: SegmentedModel, plan: Plan, recipe: Recipe, device: torch.dev
         {segment.name: segment.recompute for card in plan.cards for segment in card.segments if segment.name != LOSS}
     )
     if plan.strategy == "single":
-        return SingleRunner(model, objective)
+        return SingleRunner(model, objective, recipe.train.precision)
     return PipelineRunner(
         model, stages, objective, batch_shape=(recipe.train.batch, 3, *recipe.data.image), device=device
     )

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from memseg.levels import Precision
 from memseg.models.segmented import SegmentedModel
 from memseg.nn import IGNORE_INDEX, banded_cross_entropy
+from memseg.nn.precision import computing
 
 
 class Objective(nn.Module):
@@ -46,6 +48,7 @@ def training_step(
     images: Tensor,
     target: Tensor,
     *,
+    precision: Precision = Precision.FLOAT32,
     begin: Callable[[str], None] = lambda phase: None,
 ) -> Tensor:
     """Forward, loss, backward, update.
@@ -56,6 +59,7 @@ def training_step(
         optimizer: Of its parameters.
         images: (N, 3, H, W).
         target: (N, H, W), uint8 or int64.
+        precision: To compute in; the model's parameters have its `parameter_dtype`.
         begin: Called with "forward", "backward" and "optimizer" as each begins.
 
     Returns:
@@ -63,7 +67,8 @@ def training_step(
     """
     begin("forward")
     optimizer.zero_grad(set_to_none=True)
-    loss: Tensor = objective(*model.coarse_outputs(images), target)
+    with computing(precision, images.device.type):
+        loss: Tensor = objective(*model.coarse_outputs(images), target)
     begin("backward")
     loss.backward()  # type: ignore[no-untyped-call]
     begin("optimizer")

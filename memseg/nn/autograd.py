@@ -50,7 +50,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_traced() -> bool:
-    """Whether a tracer or exporter (torch.jit.trace, torch.fx, torch.export, ONNX) records: it wants plain operations."""
+    """Whether a tracer or exporter records (torch.jit.trace, torch.fx, torch.export): it wants plain operations."""
     by_jit = torch._C._get_tracing_state() is not None
     return by_jit or torch.compiler.is_exporting() or is_fx_symbolic_tracing()
 

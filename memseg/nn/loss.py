@@ -153,7 +153,7 @@ def _working_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _sums_and_gradient(band: Tensor, target: Tensor, terms: _Terms) -> Tensor:
-    """Sums of the losses of a band's pixels and of their labels' weights, (2,); the logits become the former's gradient.
+    """Sums of the losses of a band's pixels and of their labels' weights, (2,); the logits become the losses' gradient.
 
     A pixel wants `own` of its label and, with smoothing, `spread` of every class. With q the two together and z the
     logits less the highest one, its loss is -sum(q * log p) = -(sum(q * z) + sum(q) * log(max p)), where nothing
@@ -179,7 +179,7 @@ def _sums_and_gradient(band: Tensor, target: Tensor, terms: _Terms) -> Tensor:
         wanted.addcmul_((spread @ band.flatten(1)).view_as(own), counted)
         whole = torch.addcmul(own, counted, spread.sum())
     torch.softmax(band, 0, out=band)
-    total = wanted.addcmul_(whole, band.amax(0, keepdim=True).log_()).masked_fill_(ignored, 0).sum().neg_()
+    total = wanted.addcmul_(whole, band.amax(0, keepdim=True).log_()).sum().neg_()
     band.mul_(whole)
     if spread is not None:
         band.addcmul_(spread.view(-1, 1, 1), counted, value=-1)

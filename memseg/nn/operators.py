@@ -105,7 +105,7 @@ def _narrow_pooled(x: Tensor, scale: Any, shift: Any, weight: Any, bias: Any, ou
 
 @banded(mutates=["out"], narrow=_narrow_pooled)
 def project_pooled(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out (N, O, H // 2, W // 2) = average of 2x2 of relu(scale * x + shift), times weight (O, C), of x (N, C, H, W)."""
+    """out (N, O, H // 2, W // 2) = averages of 2x2 of relu(scale * x + shift) times weight (O, C), x (N, C, H, W)."""
     source, target = rows(x), rows(out)
     for band in _pool_bands(x):
         region = _pool_region(x, band)

@@ -149,9 +149,9 @@ def _narrow_scatter(grad_out: Tensor, offsets: Tensor, x: Tensor, *others: Any) 
 def pool_normalised(
     x: Tensor, scale: Tensor, shift: Tensor, kernel: int, stride: int, padding: int, wants_offsets: bool
 ) -> tuple[Tensor, Tensor]:
-    """Max-pooled relu(scale * x + shift) and the int8 offsets of the largest in their windows, -1 where none is positive.
+    """Max-pooled relu(scale * x + shift), and the offset of the largest in each window, -1 where none is positive.
 
-    x is (N, C, H, W), channels-last; the offsets are empty where they are not wanted.
+    x is (N, C, H, W), channels-last; the offsets are int8, and empty where they are not wanted.
     """
     size = _pooled_size(x, kernel, stride, padding)
     out = empty_map(x, x.shape[0], x.shape[1], size)

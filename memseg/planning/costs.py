@@ -20,7 +20,7 @@ from typing import ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from memseg.errors import ProblemsError
-from memseg.levels import NormMode, Recompute
+from memseg.levels import NormMode, Precision, Recompute
 from memseg.planning.strict import problem_lines
 
 IMAGES = "images"
@@ -111,7 +111,7 @@ class ModelCosts:
     """(height, width) in pixels."""
     batch: int
     norm: NormMode
-    precision: str
+    precision: Precision
     """Of activations and parameters: "float32"."""
     image_bytes: int
     target_bytes: int

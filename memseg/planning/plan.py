@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, ValidationError, m
 
 from memseg.errors import InputError, PlanError
 from memseg.files import replace_file
-from memseg.levels import NormMode, Recompute
+from memseg.levels import NormMode, Precision, Recompute
 from memseg.planning.costs import LOSS
 from memseg.planning.strict import StrictModel, field_names, problem_lines
 from memseg.units import parse_image
@@ -93,7 +93,7 @@ class Plan(StrictModel):
     image: Image
     batch: int = Field(ge=1)
     norm: NormMode
-    precision: str
+    precision: Precision
     strategy: Literal["single", "split"]
     step_seconds: Seconds
     """Predicted; without the optimizer's arithmetic and without reading data."""
@@ -148,7 +148,7 @@ class Plan(StrictModel):
         image: tuple[int, int],
         batch: int,
         norm: NormMode,
-        precision: str,
+        precision: Precision,
     ) -> None:
         """Is this the plan for that run?
 
@@ -166,7 +166,7 @@ class Plan(StrictModel):
         """
         wanted: dict[str, object] = {
             "model": model, "num_classes": num_classes, "image": _write_image(image), "batch": batch,
-            "norm": norm.value, "precision": precision,
+            "norm": norm.value, "precision": precision.value,
         }  # fmt: skip
         found = self.model_dump(mode="json", include=set(wanted))
         differences = [

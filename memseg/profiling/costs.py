@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memseg.levels import NormMode, Recompute
+from memseg.levels import NormMode, Precision, Recompute
 from memseg.models.objective import Objective
 from memseg.models.segmented import IMAGES, SegmentedModel
+from memseg.nn.precision import computing
 from memseg.planning.costs import LOSS, TARGET, LevelCost, ModelCosts, SegmentCost, Work
 from memseg.profiling.step import OptimizerFactory, create_optimizer_state, fused_adam
 from memseg.profiling.timeline import Category, Phase, Timeline
@@ -45,6 +46,7 @@ def model_costs(
     norm: NormMode = NormMode.BATCH,
     aux_weight: float = 0.3,
     optimizer: OptimizerFactory = fused_adam,
+    precision: Precision = Precision.FLOAT32,
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ModelCosts:
@@ -57,6 +59,7 @@ def model_costs(
         norm: The mode that `build` gives its norms; recorded, not checked.
         aux_weight: Of the objective.
         optimizer: Makes the optimizer.
+        precision: To compute in; `build` gives the parameters its `parameter_dtype`.
         device: "cpu" or "cuda": whose workspaces to count.
         progress: Called with how many segments are done, and of how many.
 
@@ -70,7 +73,7 @@ def model_costs(
         images = torch.empty(batch, 3, *image, dtype=dtype).contiguous(memory_format=torch.channels_last)
         target = torch.empty(batch, *image, dtype=torch.uint8)
         objective = Objective(aux_weight)
-        layouts = {plain: _layouts(model, objective, images, target, plain=plain) for plain in (True, False)}
+        layouts = {plain: _layouts(model, objective, images, target, precision, plain=plain) for plain in (True, False)}
         parts: list[tuple[str, nn.Module, tuple[str, ...]]] = [
             *((name, module, model.reads[name]) for name, module in model.segments.items()),
             (LOSS, objective, (*model.outputs, TARGET)),
@@ -78,7 +81,7 @@ def model_costs(
         segments = []
         for done, (name, module, reads) in enumerate(parts):
             progress(done, len(parts))
-            segments.append(_segment_cost(name, module, reads, layouts, optimizer, device))
+            segments.append(_segment_cost(name, module, reads, layouts, optimizer, precision, device))
         progress(len(parts), len(parts))
     return ModelCosts(
         model=model.name,
@@ -86,7 +89,7 @@ def model_costs(
         image=image,
         batch=batch,
         norm=norm,
-        precision=str(dtype).removeprefix("torch."),
+        precision=precision,
         image_bytes=images.nbytes,
         target_bytes=target.nbytes,
         segments=tuple(segments),
@@ -94,18 +97,25 @@ def model_costs(
 
 
 def _layouts(
-    model: SegmentedModel, objective: Objective, images: Tensor, target: Tensor, *, plain: bool
+    model: SegmentedModel,
+    objective: Objective,
+    images: Tensor,
+    target: Tensor,
+    precision: Precision,
+    *,
+    plain: bool,
 ) -> dict[str, _Layout]:
     """How every tensor between segments lies in memory, in the plain or in the recomputing network."""
     model.set_recompute(Recompute.NONE if plain else Recompute.UNITS)
     made: dict[str, Tensor] = {}
     grad_strides: dict[str, tuple[int, ...]] = {}
     alive = {IMAGES: images}
-    for name, reads in model.reads.items():
-        out = model.segments[name](*(alive[read] for read in reads))
-        out.register_hook(lambda grad, name=name: grad_strides.__setitem__(name, tuple(grad.stride())))
-        alive[name] = made[name] = out
-    loss = objective(*(alive[name] for name in model.outputs), target)
+    with computing(precision, "cpu"):
+        for name, reads in model.reads.items():
+            out = model.segments[name](*(alive[read] for read in reads))
+            out.register_hook(lambda grad, name=name: grad_strides.__setitem__(name, tuple(grad.stride())))
+            alive[name] = made[name] = out
+        loss = objective(*(alive[name] for name in model.outputs), target)
     loss.backward()
     made |= {IMAGES: images, TARGET: target, LOSS: loss}
     return {
@@ -126,6 +136,7 @@ def _segment_cost(
     reads: tuple[str, ...],
     layouts: dict[bool, dict[str, _Layout]],
     optimizer: OptimizerFactory,
+    precision: Precision,
     device: str,
 ) -> SegmentCost:
     module.zero_grad(set_to_none=True)
@@ -136,7 +147,7 @@ def _segment_cost(
         if hasattr(module, "recompute"):
             module.recompute = level  # type: ignore[assignment]
         around = layouts[level is Recompute.NONE]
-        levels.append(_level_cost(level, module, [around[read] for read in reads], around[name], device))
+        levels.append(_level_cost(level, module, [around[read] for read in reads], around[name], precision, device))
         module.zero_grad(set_to_none=True)
     out = layouts[True][name]
     return SegmentCost(
@@ -152,7 +163,9 @@ def _segment_cost(
     )
 
 
-def _level_cost(level: Recompute, module: nn.Module, reads: list[_Layout], out: _Layout, device: str) -> LevelCost:
+def _level_cost(
+    level: Recompute, module: nn.Module, reads: list[_Layout], out: _Layout, precision: Precision, device: str
+) -> LevelCost:
     tracer = StepTracer(device=device)
     tracer.know([*module.parameters(), *module.buffers()], Category.PARAMETER)
     with tracer:
@@ -163,7 +176,8 @@ def _level_cost(level: Recompute, module: nn.Module, reads: list[_Layout], out: 
         before = tracer.allocated_bytes
         tracer.begin(Phase.FORWARD)
         tracer.reset_peak()
-        result = module(*inputs)
+        with computing(precision, "cpu"):
+            result = module(*inputs)
         forward_peak = tracer.peak_bytes - before
         out_key = tracer.key(result)
         root = _Root.apply(result, out)

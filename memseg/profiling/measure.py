@@ -13,7 +13,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from memseg.levels import Recompute
+from memseg.levels import Precision, Recompute
 from memseg.models.objective import Objective, training_step
 from memseg.models.segmented import SegmentedModel
 from memseg.profiling.step import OptimizerFactory, fused_adam
@@ -67,6 +67,7 @@ def measure_step(
     recompute: Recompute | Mapping[str, Recompute] = Recompute.NONE,
     aux_weight: float = 0.3,
     optimizer: OptimizerFactory = fused_adam,
+    precision: Precision = Precision.FLOAT32,
 ) -> int:
     """Peak bytes of real training steps on random data on the CPU, everything counted from building the model on.
 
@@ -85,5 +86,5 @@ def measure_step(
         images = torch.randn(batch, 3, *image, dtype=dtype).contiguous(memory_format=torch.channels_last)
         target = torch.randint(model.num_classes, (batch, *image), dtype=torch.uint8)
         for _ in range(_MEASURED_STEPS):
-            training_step(model, objective, stepper, images, target)
+            training_step(model, objective, stepper, images, target, precision=precision)
     return peak.peak_bytes

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memseg.levels import Recompute
+from memseg.levels import Precision, Recompute
 from memseg.models.objective import Objective, training_step
 from memseg.models.segmented import SegmentedModel, SegmentGraph
 from memseg.planning.costs import Work
@@ -47,6 +47,7 @@ class StepProfile:
     """By phase and layer."""
     names: tuple[str, ...]
     """All layers in order, "block1" before "block1.denselayer1"."""
+    precision: Precision = Precision.FLOAT32
 
     def layers(self, depth: int = 1) -> list[LayerProfile]:
         """The per-layer table: segments and the loss at depth 1, the layers inside them at greater depths."""
@@ -77,6 +78,7 @@ def profile_step(
     recompute: Recompute | Mapping[str, Recompute] = Recompute.NONE,
     aux_weight: float = 0.3,
     optimizer: OptimizerFactory = fused_adam,
+    precision: Precision = Precision.FLOAT32,
     device: str = "cpu",
 ) -> StepProfile:
     """Trace one training step in its steady state, on fake tensors: no memory is needed, and no GPU.
@@ -88,6 +90,7 @@ def profile_step(
         recompute: Of all segments, or of the named ones.
         aux_weight: Of the objective.
         optimizer: Makes the optimizer.
+        precision: To compute in; `build` gives the parameters its `parameter_dtype`.
         device: "cpu" or "cuda": whose workspaces to count.
 
     Raises:
@@ -99,9 +102,11 @@ def profile_step(
         model.check_image(image, batch=batch)
         model.set_recompute(recompute)
         objective = Objective(aux_weight)
-        timeline, work = _trace(model, objective, optimizer, image=image, batch=batch, device=device)
+        timeline, work = _trace(
+            model, objective, optimizer, image=image, batch=batch, precision=precision, device=device
+        )
         names = tuple(name for name, _ in [*named_layers(model), (LOSS, objective)])
-        return StepProfile(model.name, image, batch, timeline, work, names)
+        return StepProfile(model.name, image, batch, timeline, work, names, precision)
 
 
 def named_layers(graph: SegmentGraph) -> list[tuple[str, nn.Module]]:
@@ -137,6 +142,7 @@ def _trace(
     *,
     image: tuple[int, int],
     batch: int,
+    precision: Precision,
     device: str,
 ) -> tuple[Timeline, Mapping[tuple[Phase, str], Work]]:
     """The timeline is taken here, while what outlives the step is still alive."""
@@ -149,7 +155,15 @@ def _trace(
     tracer.know(create_optimizer_state(optimizer), Category.OPTIMIZER_STATE)
     tracer.know([images, target], Category.INPUT)
     with tracer.tracing():
-        training_step(model, objective, optimizer, images, target, begin=lambda phase: tracer.begin(Phase(phase)))
+        training_step(
+            model,
+            objective,
+            optimizer,
+            images,
+            target,
+            precision=precision,
+            begin=lambda phase: tracer.begin(Phase(phase)),
+        )
     for name, module in named_layers(model):
         own = [parameter.grad for parameter in module.parameters(recurse=False) if parameter.grad is not None]
         tracer.know(own, Category.GRADIENT, name)

@@ -102,8 +102,8 @@ class ProfileReport:
             else ", ".join(f"{level} ({count})" for level, count in Counter(self.recompute.values()).most_common())
         )
         return (
-            f"{self.profile.model}, {height}x{width}, batch {self.profile.batch}, {self.norm} norm, float32, "
-            f"recompute {levels}"
+            f"{self.profile.model}, {height}x{width}, batch {self.profile.batch}, {self.norm} norm, "
+            f"{self.profile.precision}, recompute {levels}"
         )
 
     def rows(self, *, depth: int = 1, sort: SortKey = SortKey.ORDER) -> list[ProfileRow]:
@@ -153,7 +153,7 @@ def profile_object(report: ProfileReport, rows: Sequence[ProfileRow]) -> dict[st
         "batch": report.profile.batch,
         "norm": str(report.norm),
         "recompute": str(levels) if isinstance(levels, Recompute) else {name: str(levels[name]) for name in levels},
-        "precision": "float32",
+        "precision": report.profile.precision.value,
         "device": report.card.kind,
         "card": report.card.name,
         "peak_allocated_bytes": report.timeline.peak_allocated_bytes,

@@ -45,6 +45,7 @@ class PipelineRunner:
         self.output_stride, self.num_classes = model.output_stride, model.num_classes
         self.reads_images = self._rank == 0
         self.knows_loss = self._rank == len(stages) - 1
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self._meta = meta_twin(model).eval()
         self._batch_shape = batch_shape
         self._training = ScheduleGPipe(

@@ -5,8 +5,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from memseg.levels import Precision
 from memseg.models.objective import Objective
 from memseg.models.segmented import SegmentedModel, SegmentGraph
+from memseg.nn.precision import computing
 
 
 class Runner(Protocol):
@@ -22,6 +24,8 @@ class Runner(Protocol):
     """Whether `step` needs the images here."""
     knows_loss: bool
     """Whether `step` needs the target here and returns the loss."""
+    scaler: torch.amp.GradScaler
+    """Scales the loss of float16 steps, whose gradients it has to unscale; of others it changes nothing."""
 
     def step(self, images: Tensor | None, target: Tensor | None) -> Tensor | None:
         """Forward and backward of one batch: gradients are in the parameters' `.grad` afterwards; the mean loss."""
@@ -39,19 +43,23 @@ class SingleRunner:
     reads_images = True
     knows_loss = True
 
-    def __init__(self, model: SegmentedModel, objective: Objective) -> None:
-        self.module, self._objective = model, objective
+    def __init__(self, model: SegmentedModel, objective: Objective, precision: Precision = Precision.FLOAT32) -> None:
+        self.module, self._objective, self._precision = model, objective, precision
+        device = next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(device, enabled=precision is Precision.FLOAT16)
         self.output_stride, self.num_classes = model.output_stride, model.num_classes
 
     def step(self, images: Tensor | None, target: Tensor | None) -> Tensor | None:
         """Forward and backward of one batch; the loss."""
         assert images is not None
         assert target is not None
-        loss: Tensor = self._objective(*self.module.run(images), target)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with computing(self._precision, images.device.type):
+            loss: Tensor = self._objective(*self.module.run(images), target)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     @torch.no_grad()
     def coarse_outputs(self, images: Tensor) -> tuple[Tensor, ...]:
         """Coarse logits of images (N, 3, H, W)."""
-        return self.module.run(images)
+        with computing(self._precision, images.device.type):
+            return self.module.run(images)

@@ -30,6 +30,7 @@ from memseg.data import ClassList
 from memseg.errors import CheckpointError, MemsegError
 from memseg.files import replace_file
 from memseg.models import SegmentedModel, build_model
+from memseg.nn.precision import parameter_dtype
 from memseg.training.recipe import Recipe, parse_recipe
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -66,7 +67,15 @@ def steps_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def save_checkpoint(run: Path, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
+def save_checkpoint(
+    run: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+    keep: int,
+) -> Path:
     """Write a checkpoint; every process of the group calls it with its own part.
 
     Args:
@@ -74,6 +83,7 @@ def save_checkpoint(run: Path, step: int, module: nn.Module, optimizer: torch.op
         step: Steps done.
         module: This process's part of the model.
         optimizer: Of its parameters.
+        scaler: Of float16's gradients.
         keep: How many of the newest checkpoints stay.
 
     Raises:
@@ -85,7 +95,7 @@ def save_checkpoint(run: Path, step: int, module: nn.Module, optimizer: torch.op
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     dist.barrier()
-    state = _state(module, optimizer) | {"step": torch.tensor(step)}
+    state = _state(module, optimizer) | _scaler_state(scaler) | {"step": torch.tensor(step)}
     try:
         dcp_save(state, storage_writer=_Writer(part, sync_files=True))
     except CheckpointException as error:
@@ -100,14 +110,19 @@ def save_checkpoint(run: Path, step: int, module: nn.Module, optimizer: torch.op
     return final
 
 
-def load_checkpoint(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+) -> int:
     """Fill this process's part of the model and its optimizer's state, which must exist; the steps done.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or was made by another model.
     """
-    state = _state(module, optimizer) | {"step": torch.tensor(0)}
+    state = _state(module, optimizer) | _scaler_state(scaler) | {"step": torch.tensor(0)}
     _load(state, folder, no_dist=False)
+    if scaler is not None and scaler.is_enabled():
+        scale, steps = state["scaler.scale"].item(), int(state["scaler.steps"])
+        scaler.load_state_dict(scaler.state_dict() | {"scale": scale, "_growth_tracker": steps})
     return int(state["step"])
 
 
@@ -123,7 +138,7 @@ def load_trained(path: Path) -> TrainedModel:
     folders = [path] if run is not path else checkpoint_folders(run)
     if not folders or not folders[-1].is_dir():
         raise CheckpointError(f"{path}: holds no checkpoint yet; train it first: memseg train")
-    dtype = getattr(torch, recipe.train.precision)
+    dtype = parameter_dtype(recipe.train.precision)
     model = build_model(recipe.model.name, num_classes=len(classes.names), norm=recipe.model.norm, dtype=dtype)
     state: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     state["step"] = torch.tensor(0)
@@ -162,6 +177,17 @@ def _state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
         for key, value in optimizer.state.get(parameter, {}).items():
             state[f"optimizer.{name}.{key}"] = value
     return state
+
+
+def _scaler_state(scaler: torch.amp.GradScaler | None) -> dict[str, Tensor]:
+    """The scale, and the steps since it last changed."""
+    if scaler is None or not scaler.is_enabled():
+        return {}
+    state = scaler.state_dict()
+    return {
+        "scaler.scale": torch.tensor(state["scale"], dtype=torch.float64),
+        "scaler.steps": torch.tensor(state["_growth_tracker"]),
+    }
 
 
 def _load(state: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:

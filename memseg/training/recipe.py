@@ -25,7 +25,7 @@ from pydantic import (
 from memseg.data import Fit, SegmentationDataset, dataset_names, open_dataset
 from memseg.data.transforms import Region
 from memseg.errors import InputError, RecipeError, UnknownNameError
-from memseg.levels import NormMode
+from memseg.levels import NormMode, Precision
 from memseg.models import model_names
 from memseg.training.problems import describe_problems
 from memseg.training.shipped import shipped_recipe
@@ -206,8 +206,8 @@ class TrainConfig(StrictModel):
     """Decides initial weights, the order of images, flips and crops."""
     workers: int = Field(2, ge=0)
     """Processes that decode images, per card; 0 decodes in the training process."""
-    precision: Literal["float32", "float64"] = "float32"
-    """Type of weights, gradients and activations."""
+    precision: Precision = Precision.FLOAT32
+    """What a step computes in: float32 or float64; or bfloat16 or float16, by autocast, with weights in float32."""
     log_every: int = Field(1, gt=0)
     """Steps between two lines of metrics."""
     checkpoint_every: int = Field(500, gt=0)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from memseg.data import SegmentationDataset, TrainingView
 from memseg.errors import InputError, MemsegError, PlanError
+from memseg.nn.precision import parameter_dtype
 from memseg.profiling.step import create_optimizer_state
 from memseg.running import Runner
 from memseg.training.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
@@ -126,7 +127,7 @@ class Trainer:
     ) -> None:
         self._recipe, self._runner, self._optimizer = recipe, runner, optimizer
         self._folder, self._device, self._hooks = folder, device, hooks
-        self._dtype = getattr(torch, recipe.train.precision)
+        self._dtype = parameter_dtype(recipe.train.precision)
         parts = {"image"} if runner.reads_images else set()
         parts |= {"target"} if runner.knows_loss else set()
         self._images = len(dataset)
@@ -157,7 +158,7 @@ class Trainer:
         step = 0
         if checkpoints := checkpoint_folders(self._folder):
             create_optimizer_state(self._optimizer)
-            step = load_checkpoint(checkpoints[-1], self._runner.module, self._optimizer)
+            step = load_checkpoint(checkpoints[-1], self._runner.module, self._optimizer, self._runner.scaler)
         log = MetricsLog(self._folder, resume_step=step) if self._runner.knows_loss else None
         started_at, report = step, None
         try:
@@ -190,7 +191,9 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         self._runner.module.train()
         # Popped, so that where these are copies the batch itself is free during the step.
-        images = batch.pop("image").to(self._device, self._dtype) if "image" in batch else None
+        images = None
+        if "image" in batch:
+            images = batch.pop("image").to(self._device, self._dtype, memory_format=torch.channels_last)
         target = batch.pop("target").to(self._device) if "target" in batch else None
         loss = self._runner.step(images, target)
         if loss is not None and not math.isfinite(loss.item()):
@@ -198,7 +201,8 @@ class Trainer:
                 f"the loss must stay finite, it is {loss.item()} at step {step + 1}; "
                 f"try a lower optimizer.lr than {self._recipe.optimizer.lr}"
             )
-        self._optimizer.step()
+        self._runner.scaler.step(self._optimizer)
+        self._runner.scaler.update()
         if loss is None:
             return None
         return StepReport(step + 1, self.total_steps, loss.item(), lr, time.perf_counter() - started)
@@ -227,7 +231,12 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         save_checkpoint(
-            self._folder, step, self._runner.module, self._optimizer, keep=self._recipe.train.keep_checkpoints
+            self._folder,
+            step,
+            self._runner.module,
+            self._optimizer,
+            scaler=self._runner.scaler,
+            keep=self._recipe.train.keep_checkpoints,
         )
 
     def _evaluate(self, step: int, log: MetricsLog | None) -> None:

@@ -150,16 +150,16 @@ def test_autocast_changes_nothing(dtype):
 
 
 def test_a_gradient_scaler_saves_what_float16_alone_would_lose():
-    logits, target = torch.randn(1, 3, 16, 16, dtype=torch.float16), labels(1, 256, 256, 3)
-    logits = (logits * 4).requires_grad_()
+    logits, target = torch.randn(1, 3, 16, 16).half().requires_grad_(), labels(1, 64, 64, 3)
     exact = logits.detach().float().requires_grad_()
+    # Stands for the many more pixels of a real batch.
+    share, scale = 2.0**-18, 2.0**16
     for each in (logits, exact):
-        (banded_cross_entropy(each, target) * 2.0**16).backward()
+        (banded_cross_entropy(each, target) * share * scale).backward()
     assert torch.equal(logits.grad, exact.grad.half())
-    unscaled = exact.grad / 2**16
-    lost = (unscaled.half() == 0) & (unscaled != 0)
-    assert lost.any()
-    assert logits.grad[lost].count_nonzero() > 0.9 * lost.sum()
+    lost = ((exact.grad / scale).half() == 0) & (exact.grad != 0)
+    assert lost.sum() > 0.5 * (exact.grad != 0).sum()
+    assert logits.grad[lost].all()
 
 
 def test_bands_are_as_many_as_their_size_asks_for(monkeypatch):
@@ -246,25 +246,14 @@ def test_extreme_logits_stay_finite():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_extreme_logits_cost_what_exact_arithmetic_says(dtype):
+    # Float16 ends at 65504. Multiples of 64 * 937.5 are upsampled without rounding, so that ties stay ties.
     logits = (torch.randn(2, 5, 6, 6).sign() * 6e4).to(dtype)
     target, weight = labels(2, 24, 24, 5), torch.tensor([1.0, 2, 3, 4, 5])
     found = value_and_gradient(banded_cross_entropy, logits, target, weight=weight, label_smoothing=0.1)
     exact = value_and_gradient(plain_loss, logits.double(), target, weight=weight.double(), label_smoothing=0.1)
     torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-6, atol=0)
-    # Where classes interpolate to the same logit but for float32's rounding, 0.004 of 60000, either may win.
-    torch.testing.assert_close(found[1].double(), exact[1], rtol=0, atol=2e-3 * exact[1].abs().max().item())
-
-
-def test_a_class_at_minus_infinity_gets_no_gradient_and_hides_no_other():
-    logits = torch.randn(1, 3, 4, 4)
-    logits[:, 0] = -torch.inf
-    target = torch.randint(1, 3, (1, 16, 16))
-    target[:, :5] = IGNORE_INDEX
-    value, gradient = value_and_gradient(banded_cross_entropy, logits, target)
-    rest = value_and_gradient(banded_cross_entropy, logits[:, 1:], (target - 1).where(target < 3, IGNORE_INDEX))
-    torch.testing.assert_close(value, rest[0])
-    torch.testing.assert_close(gradient[:, 1:], rest[1])
-    assert not gradient[:, 0].any()
+    atol = 1e-6 if dtype is torch.float32 else 2**-13
+    torch.testing.assert_close(found[1].double(), exact[1], rtol=0, atol=atol)
 
 
 def test_a_kept_graph_gives_the_same_gradient_again():
@@ -335,26 +324,26 @@ def peak_bytes(logits, target, **options):
 
 
 @pytest.mark.parametrize(
-    ("classes", "limit"),
+    ("classes", "height", "limit"),
     [
-        # One full-size logit tensor of one image has 8, 152 and 1200 MiB at 2048x1024.
-        pytest.param(1, 5, id="1 class"),
-        pytest.param(19, 5, id="19 classes"),
-        pytest.param(150, 8, id="150 classes"),
+        # In float32 the full-size logits of one image have 8, 152, 1200 and 8000 MiB at 2048x1024.
+        pytest.param(1, 160, 5, id="1 class"),
+        pytest.param(19, 80, 5, id="19 classes"),
+        pytest.param(150, 16, 8, id="150 classes"),
+        pytest.param(1000, 8, 28, id="1000 classes"),
     ],
 )
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "weight": True}], ids=["plain", "weighted"])
-def test_a_band_is_small_and_as_large_for_any_height_and_batch(classes, limit, options):
-    if "weight" in options:
-        options = options | {"weight": torch.ones(classes)}
-    found = set()
-    for batch, height in [(1, 160), (1, 320), (2, 160)]:
-        logits = torch.zeros(batch, classes, height // 4, 512, requires_grad=True)
-        target = torch.zeros(batch, height, 2048, dtype=torch.uint8)
-        for given in (logits, channels_last(logits.detach()).requires_grad_(), logits.detach().bfloat16()):
-            found.add(peak_bytes(given.requires_grad_(), target, **options))
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_band_is_small_for_any_height_and_batch(classes, height, limit, smoothing, dtype):
+    found = []
+    for times, batch, lie in [(1, 1, torch.clone), (2, 1, torch.clone), (1, 2, channels_last)]:
+        logits = lie(torch.zeros(batch, classes, times * height // 4, 512).to(dtype)).requires_grad_()
+        target = torch.zeros(batch, times * height, 2048, dtype=torch.uint8)
+        found.append(peak_bytes(logits, target, label_smoothing=smoothing, weight=torch.ones(classes)))
     assert max(found) <= limit * MEBIBYTE
-    assert max(found) - min(found) < 0.3 * MEBIBYTE
+    # Bands of the same height read one coarse row more or less, from where they begin.
+    assert max(found) - min(found) < 0.2 * max(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
