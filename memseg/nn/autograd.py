@@ -1,14 +1,18 @@
 """What every autograd node of ours shares: it runs outside autocast, in a dtype it is told, and backward goes once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+_TWICE = (
+    "trying to differentiate twice a function of memseg's, whose backward is marked with @once_differentiable; "
+    "layers at level none can be, if their norms are not synced"
+)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -36,17 +40,22 @@ def without_autocast(device: str) -> torch.autocast:
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward that computes without a graph of its own, outside autocast.
 
-    A gradient that is asked to be differentiable (`create_graph=True`) is refused when it is differentiated.
+    A gradient that is asked to be differentiable (`create_graph=True`) is refused when it is differentiated. torch's
+    decorator of this name lets one through, as a constant, where the gradient it came from needs none, as in
+    `grad(out.sum(), x, create_graph=True)`: a penalty on it would then train nothing, in silence.
     """
-    from torch.autograd.function import once_differentiable as torch_once
 
-    @torch_once
     @wraps(backward)
-    def outside_autocast(ctx: Any, *grads: Tensor) -> Any:
-        with without_autocast(grads[0].device.type):
-            return backward(ctx, *grads)
+    def once(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad(), without_autocast(grads[0].device.type):
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        refuse = torch._C._functions.DelayedError(_TWICE, len(found))
+        marked = [None if grad is None else grad.detach().requires_grad_() for grad in found]
+        return refuse(*cast(list[Tensor], marked))
 
-    return outside_autocast
+    return once
 
 
 def is_traced() -> bool:
@@ -65,6 +74,18 @@ def check_dtypes(x: Tensor, weight: Tensor) -> None:
         raise RuntimeError(
             f"input and weights must have the same dtype outside autocast, got {x.dtype} and {weight.dtype}"
         )
+
+
+def check_shapes(inputs: Sequence[Tensor], channels: int) -> None:
+    """Do nothing where the inputs are maps of equally many images, and have so many channels together.
+
+    Raises:
+        RuntimeError: they are not, or have not; broadcasting would make something of many such inputs.
+    """
+    are_maps = all(x.dim() == 4 and x.shape[0] == inputs[0].shape[0] for x in inputs)
+    if not are_maps or sum(x.shape[1] for x in inputs) != channels:
+        found = " and ".join(str(tuple(x.shape)) for x in inputs)
+        raise RuntimeError(f"input must be (N, C, H, W) with {channels} channels, got {found}")
 
 
 def refuse_scripting(module: torch.nn.Module) -> None:

@@ -7,17 +7,19 @@ inside `statistics_paused`, and syncs over any process group, gloo's included.
 Source: Ioffe and Szegedy, arXiv:1502.03167; statistics of several parts together: Chan, Golub and LeVeque, 1979.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from memseg.levels import NormMode
-from memseg.nn.autograd import once_differentiable
+from memseg.nn.autograd import once_differentiable, refuse_scripting, wide_dtype
 
 _aten = torch.ops.aten
 _paused: ContextVar[bool] = ContextVar("memseg_statistics_paused", default=False)
@@ -43,21 +45,14 @@ class Statistics(NamedTuple):
 
 
 def batch_statistics(x: Tensor) -> Statistics:
-    """Of the channels of (N, C, H, W), in float32 or better.
-
-    Raises:
-        ValueError: there is one value per channel, so that no variance exists (as torch's batch norm does).
-    """
-    count = x.numel() // x.shape[1]
-    if count == 1:
-        raise ValueError(f"batch statistics need more than 1 value per channel, got input size {tuple(x.shape)}")
+    """Of the channels of (N, C, H, W), in float32 or better; of one value the variance is 0."""
     running: tuple[Tensor | None, Tensor | None] = (None, None)
     if x.dtype in (torch.float16, torch.bfloat16):
         # With running statistics in float32, which a momentum of 0 leaves alone, torch accumulates in float32.
         zeros = x.new_zeros(x.shape[1], dtype=torch.float32)
         running = (zeros, zeros.clone())
     mean, var = _aten.batch_norm_update_stats(x, *running, 0.0)
-    return Statistics(mean, var, count)
+    return Statistics(mean, var, x.numel() // x.shape[1])
 
 
 def join_statistics(means: Tensor, variances: Tensor, counts: Tensor) -> Statistics:
@@ -135,7 +130,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         if _paused.get():
             # Copies take the update: torch.utils.checkpoint wants the second run to save as many tensors as the first.
             mean, var = mean.clone(), var.clone()
-        else:
+        elif not is_fx_symbolic_tracing():  # There it would count at once, and never again.
             self.num_batches_tracked.add_(1)
         return F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum, self.eps)
 
@@ -151,13 +146,22 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     @property
     def running_statistics(self) -> Statistics:
-        """The running ones, as fixed numbers."""
-        return Statistics(self.running_mean, self.running_var, 0)
+        """The running ones, as fixed numbers; in float32 or better, of a module in half precision too."""
+        wide = wide_dtype(self.running_mean.dtype)
+        return Statistics(self.running_mean.to(wide), self.running_var.to(wide), 0)
 
     def join_replicas(self, statistics: Statistics) -> Statistics:
-        """This replica's statistics joined with those of the others, if this norm is synced."""
+        """This replica's statistics joined with those of the others, if this norm is synced.
+
+        Raises:
+            ValueError: there is one value per channel in all, so that no variance exists (as torch's batch norm does).
+        """
         group = self.replicas
-        return statistics if group is None else sync_statistics(statistics, group)
+        if group is not None:
+            return sync_statistics(statistics, group)
+        if statistics.values == 1:
+            raise ValueError("batch statistics need more than 1 value per channel, got 1: one image's map of 1x1")
+        return statistics
 
     @torch.no_grad()
     def follow(self, statistics: Statistics) -> Statistics:
@@ -168,6 +172,16 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
         return statistics
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy that syncs over the same group, which itself cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        return twin
+
+    def __prepare_scriptable__(self) -> None:
+        refuse_scripting(self)
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, norm={self.norm}, eps={self.eps}, momentum={self.momentum}"
@@ -203,7 +217,7 @@ class _SyncedNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var, count)
         ctx.eps, ctx.group = eps, group
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        return F.batch_norm(x, mean, var, weight.to(mean.dtype), bias.to(mean.dtype), False, 0.0, eps)
 
     @staticmethod
     @once_differentiable

@@ -21,12 +21,13 @@ from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch._compile import _disable_dynamo
 
 from memseg.levels import NormMode, Recompute
 from memseg.nn.autograd import (
     check_dtypes,
+    check_shapes,
     compute_dtype,
     is_traced,
     once_differentiable,
@@ -143,21 +144,24 @@ class DenseBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, H, W), channels-last unless the level is `none`."""
+        for layer in self.layers:
+            check_norm(layer.norm1)
+            check_norm(layer.norm2)
         if is_traced() or (self.recompute is Recompute.NONE and torch.is_grad_enabled()):
             for layer in self.layers:
                 x = torch.cat([x, layer(x)], 1)
             return x
+        parameters = [parameter for layer in self.layers for parameter in layer.node_parameters()]
         if self.recompute is Recompute.SEGMENT:
-            return rebuild(self._node, x)
-        return self._node(x)
+            # The parameters too: they may be lent (functional_call) and gone by the second run, or have changed.
+            return rebuild(self._node, x, *parameters)
+        return self._node(x, *parameters)
 
     @_disable_dynamo
-    def _node(self, x: Tensor) -> Tensor:
+    def _node(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        check_shapes([x], self.in_channels)
         for layer in self.layers:
-            check_norm(layer.norm1)
-            check_norm(layer.norm2)
             check_dtypes(x, layer.conv1.weight)
-        parameters = [parameter for layer in self.layers for parameter in layer.node_parameters()]
         dtype = compute_dtype(x)
         with without_autocast(x.device.type):
             return cast(Tensor, _DenseBlockNode.apply(self, x.to(dtype), *parameters))
@@ -195,17 +199,18 @@ class _DenseBlockNode(torch.autograd.Function):
         masks: list[Tensor] = []
         for index, layer in enumerate(layers):
             channels = block.in_channels + index * block.growth_rate
+            weight1, bias1, conv1, weight2, bias2, conv2 = parameters[index * _PARAMETERS_PER_LAYER :][:6]
             if block.recompute is Recompute.NORMS and bottlenecks:
                 bottleneck = torch.empty_like(bottleneck)
             first = layer.norm1.running_statistics
             if known and layer.norm1.uses_batch_statistics:
                 first = known.of(layer.norm1, channels)
-            norm1 = NormRelu.of(layer.norm1, first)
-            conv1, conv2 = layer.conv1.weight.to(x.dtype).flatten(1), layer.conv2.weight.to(x.dtype)
-            project(features[:, :channels], norm1.scale, norm1.shift, conv1, None, pixels(bottleneck))
-            norm2 = NormRelu.of(layer.norm2, layer.norm2.statistics(bottleneck))
+            norm1 = NormRelu.of(layer.norm1, weight1, bias1, first)
+            projection = conv1.to(x.dtype).flatten(1)
+            project(features[:, :channels], norm1.scale, norm1.shift, projection, None, pixels(bottleneck))
+            norm2 = NormRelu.of(layer.norm2, weight2, bias2, layer.norm2.statistics(bottleneck))
             grown = out[:, channels : channels + block.growth_rate]
-            convolve([bottleneck], norm2.scale, norm2.shift, conv2, None, 1, grown)
+            convolve([bottleneck], norm2.scale, norm2.shift, conv2.to(x.dtype), None, 1, grown)
             if layer.drops:
                 dropped, mask = torch.native_dropout(channels_last(grown), layer.drop_rate, True)
                 grown.copy_(dropped)
@@ -305,28 +310,32 @@ class _DenseBlockNode(torch.autograd.Function):
 
 
 class _Known:
-    """Batch statistics of the channels written so far, each computed once."""
+    """Batch statistics of the channels written so far, each computed once; for each group of replicas that syncs."""
 
     def __init__(self, block: DenseBlock, x: Tensor) -> None:
-        first = batch_statistics(x)
-        self._mean, self._var = (part.new_empty(block.out_channels - block.growth_rate) for part in first[:2])
-        self._count, self._channels, self._norm = first.values, 0, block.layers[0].norm1
-        self._write(first)
+        following = [layer.norm1 for layer in block.layers if layer.norm1.uses_batch_statistics]
+        self._norms = {norm.replicas: norm for norm in following}
+        self._size, self._channels = block.out_channels - block.growth_rate, 0
+        self._found: dict[distributed.ProcessGroup | None, Statistics] = {}
+        self.learn(x)
 
-    def learn(self, grown: Tensor) -> None:
-        """Of channels that have just been written, (N, growth_rate, H, W)."""
-        self._write(batch_statistics(grown))
+    def learn(self, written: Tensor) -> None:
+        """Of channels that have just been written, (N, C, H, W)."""
+        own = batch_statistics(written)
+        stop = self._channels + own.mean.numel()
+        for group, norm in self._norms.items():
+            part = norm.join_replicas(own)
+            if group not in self._found:
+                mean, var = (numbers.new_empty(self._size) for numbers in part[:2])
+                self._found[group] = Statistics(mean, var, part.values)
+            for known, numbers in zip(self._found[group][:2], part[:2], strict=True):
+                known[self._channels : stop] = numbers
+        self._channels = stop
 
     def of(self, norm: BatchNorm2d, channels: int) -> Statistics:
         """Of the first channels, all replicas' together; the running ones of `norm` follow."""
-        return norm.follow(Statistics(self._mean[:channels], self._var[:channels], self._count))
-
-    def _write(self, part: Statistics) -> None:
-        part = self._norm.join_replicas(part)
-        self._count = part.values
-        stop = self._channels + part.mean.numel()
-        self._mean[self._channels : stop], self._var[self._channels : stop] = part.mean, part.var
-        self._channels = stop
+        mean, var, values = self._found[norm.replicas]
+        return norm.follow(Statistics(mean[:channels], var[:channels], values))
 
 
 def _split(tensors: list[Tensor], count: int) -> tuple[list[Tensor], list[Tensor]]:

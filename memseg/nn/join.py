@@ -4,7 +4,7 @@ Upsampling is separable: a fine row is a mixture of two coarse rows, which is th
 band of fine rows can be made by itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -40,10 +40,13 @@ def joined_channels(inputs: Sequence[Tensor]) -> int:
 
 
 def upsample_rows(coarse: Tensor, size: tuple[int, int], start: int, stop: int) -> Tensor:
-    """Rows start..stop of F.interpolate(coarse, size, mode="bilinear"), channels-last (N, C, stop - start, W)."""
+    """Rows start..stop of F.interpolate(coarse, size, mode="bilinear"), channels-last (N, C, stop - start, W).
+
+    In `wide_dtype`: rounded to half precision before they are normalised, many would change sign.
+    """
     upper, lower, weight = row_sources(coarse, size[0], start, stop)
     source = rows(coarse)
-    between = torch.lerp(source[:, upper], source[:, lower], weight.view(-1, 1, 1))
+    between = torch.lerp(source[:, upper].to(weight.dtype), source[:, lower].to(weight.dtype), weight.view(-1, 1, 1))
     if between.shape[2] == size[1]:
         return images(between)
     return F.interpolate(images(between), (stop - start, size[1]), mode="bilinear", align_corners=False)
@@ -55,24 +58,19 @@ def row_sources(coarse: Tensor, height: int, start: int, stop: int) -> tuple[Ten
     position = ((fine + 0.5) * (coarse.shape[2] / height) - 0.5).clamp(min=0)
     upper = position.long()
     lower = (upper + 1).clamp(max=coarse.shape[2] - 1)
-    return upper, lower, (position - upper).to(coarse.dtype)
+    return upper, lower, (position - upper).to(wide_dtype(coarse.dtype))
 
 
-def read_rows(inputs: Sequence[Tensor], band: Band, *, out: Tensor) -> Tensor:
-    """Rows low..high of a coarse and a fine map, joined, written to `out` (n, rows, W, C)."""
-    coarse, skip = inputs
-    upsampled = upsample_rows(coarse[band.first : band.last], joined_size(inputs), band.low, band.high)
-    out[..., : coarse.shape[1]] = rows(upsampled)
-    out[..., coarse.shape[1] :] = rows(skip)[band.first : band.last, band.low : band.high]
-    return out
+def read_rows(inputs: Sequence[Tensor], band: Band) -> Iterator[Tensor]:
+    """Rows low..high (n, rows, W, C_i) of each of the inputs to be joined, the coarse one's upsampled."""
+    *coarse, fine = inputs
+    for x in coarse:
+        yield rows(upsample_rows(x[band.first : band.last], joined_size(inputs), band.low, band.high))
+    yield rows(fine)[band.first : band.last, band.low : band.high]
 
 
 def joined_statistics(inputs: Sequence[Tensor]) -> Statistics:
-    """Batch statistics of the joined inputs.
-
-    Raises:
-        ValueError: there is one value per channel.
-    """
+    """Batch statistics of the joined inputs."""
     own = batch_statistics(inputs[-1])
     if len(inputs) == 1:
         return own

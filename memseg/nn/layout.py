@@ -86,7 +86,7 @@ def tiles(x: Tensor) -> Iterator[slice]:
 
 def tile_rows(x: Tensor) -> int:
     """Rows of the tiles of a matrix (M, C); the last tile may have fewer."""
-    return min(x.shape[0], max(256, band_limit(x) // (x.shape[1] * x.element_size())))
+    return max(1, min(x.shape[0], max(256, band_limit(x) // (x.shape[1] * x.element_size()))))
 
 
 class Band(NamedTuple):

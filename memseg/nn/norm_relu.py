@@ -70,10 +70,9 @@ class NormRelu:
     """Whether anybody wants the gradients of weight and bias."""
 
     @classmethod
-    def of(cls, norm: BatchNorm2d, statistics: Statistics) -> "NormRelu":
-        """A norm with the statistics that it normalises with now."""
-        trained = norm.weight.requires_grad or norm.bias.requires_grad
-        return cls(norm.weight, norm.bias, statistics, norm.eps, norm.replicas, trained)
+    def of(cls, norm: BatchNorm2d, weight: Tensor, bias: Tensor, statistics: Statistics) -> "NormRelu":
+        """A norm with its parameters and the statistics that it normalises with now."""
+        return cls(weight, bias, statistics, norm.eps, norm.replicas, weight.requires_grad or bias.requires_grad)
 
     def over(self, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> "NormRelu":
         """The same norm with the tensors that backward was given."""

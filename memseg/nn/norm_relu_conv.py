@@ -15,6 +15,7 @@ from torch._compile import _disable_dynamo
 from memseg.levels import NormMode, Recompute
 from memseg.nn.autograd import (
     check_dtypes,
+    check_shapes,
     compute_dtype,
     is_traced,
     once_differentiable,
@@ -81,6 +82,7 @@ class NormReluConv(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """(N, C, H, W), or a coarse and a fine map to be joined as in `join`, to (N, out_channels, H, W)."""
+        check_norm(self.norm)
         if is_traced() or (self.recompute is Recompute.NONE and torch.is_grad_enabled()):
             out = self.conv(F.relu(self.norm(join(*inputs)), inplace=True))
             return F.avg_pool2d(out, 2) if self.pool else cast(Tensor, out)
@@ -125,6 +127,7 @@ def norm_relu_conv(*inputs: Tensor, norm: BatchNorm2d, conv: nn.Conv2d, pool: bo
         (N, O, H, W), or (N, O, H // 2, W // 2) with `pool`; channels-last.
     """
     check_norm(norm)
+    check_shapes(inputs, norm.num_features)
     for x in inputs:
         check_dtypes(x, conv.weight)
     dtype = compute_dtype(inputs[0])
@@ -155,7 +158,7 @@ class _UnitNode(torch.autograd.Function):
             statistics = module.follow(module.join_replicas(joined_statistics(maps)))
         else:
             statistics = module.running_statistics
-        norm = NormRelu.of(module, statistics)
+        norm = NormRelu.of(module, norm_weight, norm_bias, statistics)
         kernel, offset = weight.to(fine.dtype), None if bias is None else bias.to(fine.dtype)
         ctx.pointwise = weight.shape[2] == 1 and len(inputs) == 1
         ctx.pool, ctx.dilation, ctx.has_bias = pool, conv.dilation[0], bias is not None
@@ -208,8 +211,9 @@ class _UnitNode(torch.autograd.Function):
                 grads[0] = upsample_backward(grads[0], maps[0])
         parameters = (gradients.weight, gradients.bias, grad_weight.view_as(weight), grad_bias)
         wanted = ctx.needs_input_grad[3:7]
+        dtypes = (norm_weight.dtype, norm_bias.dtype, weight.dtype, weight.dtype)
         of_parameters = (
-            grad.to(weight.dtype) if needed and grad is not None else None
-            for grad, needed in zip(parameters, wanted, strict=True)
+            grad.to(dtype) if needed and grad is not None else None
+            for grad, dtype, needed in zip(parameters, dtypes, wanted, strict=True)
         )
         return None, None, None, *of_parameters, *grads

@@ -248,7 +248,7 @@ def convolve_backward(
             chains.mask(grad_x[..., channels], normalised[..., channels], region)
             if wants_sums and index < len(inputs) - 1:
                 up = channels_last(upsample_rows(x[band.first : band.last], size, band.start, band.stop))
-                sums[:, channels] += chains.moments(region, rows(up), mean[channels])
+                sums[:, channels] += chains.moments(region.to(up.dtype), rows(up), mean[channels])
             start = channels.stop
         del normalised, grad_x
     if wants_sums:
@@ -337,11 +337,12 @@ def _conv_band(inputs: Sequence[Tensor], band: Band, scale: Tensor, shift: Tenso
     inside = out[:, band.above : height - band.below]
     out[:, : band.above].zero_()
     out[:, height - band.below :].zero_()
-    if len(inputs) == 1:
-        x = rows(inputs[0])[band.first : band.last, band.low : band.high]
-    else:
-        x = read_rows(inputs, band, out=inside)
-    chains.norm_relu(x, scale, shift, inside)
+    start = 0
+    for x in read_rows(inputs, band):
+        own = slice(start, start + x.shape[-1])
+        chains.norm_relu(x, scale[own], shift[own], inside[..., own])
+        start = own.stop
+        del x
     return out
 
 

@@ -17,7 +17,7 @@ from memseg.nn import chains
 from memseg.nn.autograd import check_dtypes, compute_dtype, once_differentiable, without_autocast
 from memseg.nn.banded import banded
 from memseg.nn.batch_norm import BatchNorm2d, check_norm
-from memseg.nn.layout import band_limit, channels_last, empty_map, images, pixels, rows, tiles
+from memseg.nn.layout import CHANNELS_LAST, band_limit, channels_last, empty_map, images, pixels, rows, tiles
 from memseg.nn.norm_relu import NormRelu
 
 _aten = torch.ops.aten
@@ -64,7 +64,7 @@ class _StemNode(torch.autograd.Function):
         ctx.geometry = conv.stride, conv.padding, conv.dilation, conv.groups
         ctx.window = _side(pool.kernel_size), _side(pool.stride), _side(pool.padding)
         convolved = _convolve(x, weight, bias, ctx.geometry)
-        norm = NormRelu.of(module, module.statistics(convolved))
+        norm = NormRelu.of(module, norm_weight, norm_bias, module.statistics(convolved))
         kernel, stride, padding = ctx.window
         wants_offsets = any(ctx.needs_input_grad)
         out, offsets = pool_normalised(convolved, norm.scale, norm.shift, kernel, stride, padding, wants_offsets)
@@ -79,8 +79,8 @@ class _StemNode(torch.autograd.Function):
         norm_weight, norm_bias, weight, bias, mean, var, x, offsets, *kept = ctx.saved_tensors
         norm: NormRelu = ctx.norm.over(norm_weight, norm_bias, mean, var)
         grad_out = channels_last(grad_out)
-        # What was kept must stay as it is, for a graph may be walked again.
-        convolved = kept[0].clone() if kept else _convolve(x, weight, bias, ctx.geometry)
+        # What was kept must stay as it is, for a graph may be walked again; hooks may have laid it out otherwise.
+        convolved = kept[0].clone(memory_format=CHANNELS_LAST) if kept else _convolve(x, weight, bias, ctx.geometry)
         sums = mean.new_zeros(2, 0)
         if norm.needs_sums:
             sums = pool_sums(grad_out, offsets, convolved, mean, *ctx.window)
@@ -102,9 +102,10 @@ class _StemNode(torch.autograd.Function):
             [wants_x, wants_weight, ctx.has_bias],
         )
         found = (gradients.weight, gradients.bias, grad_weight, grad_bias)
+        dtypes = (norm_weight.dtype, norm_bias.dtype, weight.dtype, weight.dtype)
         of_parameters = (
-            grad.to(weight.dtype) if needed and grad is not None else None
-            for grad, needed in zip(found, ctx.needs_input_grad[4:8], strict=True)
+            grad.to(dtype) if needed and grad is not None else None
+            for grad, dtype, needed in zip(found, dtypes, ctx.needs_input_grad[4:8], strict=True)
         )
         return None, None, None, None, *of_parameters, grad_x
 

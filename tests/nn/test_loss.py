@@ -153,12 +153,12 @@ def test_a_gradient_scaler_saves_what_float16_alone_would_lose():
     logits, target = torch.randn(1, 3, 16, 16).half().requires_grad_(), labels(1, 64, 64, 3)
     exact = logits.detach().float().requires_grad_()
     # Stands for the many more pixels of a real batch.
-    share, scale = 2.0**-18, 2.0**16
+    share, scale = 2.0**-16, 2.0**16
     for each in (logits, exact):
         (banded_cross_entropy(each, target) * share * scale).backward()
     assert torch.equal(logits.grad, exact.grad.half())
     lost = ((exact.grad / scale).half() == 0) & (exact.grad != 0)
-    assert lost.sum() > 0.5 * (exact.grad != 0).sum()
+    assert lost.sum() > 0.1 * exact.grad.count_nonzero()
     assert logits.grad[lost].all()
 
 

@@ -3,7 +3,7 @@
 import random
 from dataclasses import replace
 
-from memseg.levels import NormMode, Recompute
+from memseg.levels import NormMode, Precision, Recompute
 from memseg.planning import Card, LevelCost, ModelCosts, SegmentCost, Work
 
 LEVELS = list(Recompute)
@@ -31,7 +31,7 @@ def segment(name: str, reads: tuple[str, ...], *levels: LevelCost, output: int =
 
 
 def model(*segments: SegmentCost, images: int = 0, target: int = 0, batch: int = 2) -> ModelCosts:
-    return ModelCosts("tiny", 19, (64, 128), batch, NormMode.BATCH, "float32", images, target, segments)
+    return ModelCosts("tiny", 19, (64, 128), batch, NormMode.BATCH, Precision.FLOAT32, images, target, segments)
 
 
 def card(available: int, name: str = "toy", *, flops: float = 1.0, link: float = 1.0) -> Card:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from memseg.cli.main import build_parser
 from memseg.errors import InputError, PlanError, ProblemsError
-from memseg.levels import NormMode, Recompute
+from memseg.levels import NormMode, Precision, Recompute
 from memseg.planning import (
     Change,
     LevelCost,
@@ -164,7 +164,7 @@ def test_a_plan_for_something_else_is_refused_with_every_difference():
         "image": (64, 128),
         "batch": 2,
         "norm": NormMode.BATCH,
-        "precision": "float32",
+        "precision": Precision.FLOAT32,
     }
     plan.check_model("tiny", names, **run)
     with pytest.raises(
