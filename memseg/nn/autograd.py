@@ -1,6 +1,7 @@
 """What every autograd node of ours shares: it runs outside autocast, in a dtype it is told, and backward goes once."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ _TWICE = (
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that convolutions of x would compute in: that of autocast where it is on, else x's own."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype in (torch.float32, *HALF_DTYPES):
+    if is_autocast_on(device) and x.dtype in (torch.float32, *HALF_DTYPES):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -32,9 +33,14 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in HALF_DTYPES else dtype
 
 
-def without_autocast(device: str) -> torch.autocast:
+def is_autocast_on(device: str) -> bool:
+    """Whether autocast is on for a type of device; there are such without any, as "meta"."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[object]:
     """Inside, operations compute in the dtypes of what they are given."""
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,7 +76,7 @@ def check_dtypes(x: Tensor, weight: Tensor) -> None:
     Raises:
         RuntimeError: their dtypes differ outside autocast.
     """
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not is_autocast_on(x.device.type):
         raise RuntimeError(
             f"input and weights must have the same dtype outside autocast, got {x.dtype} and {weight.dtype}"
         )

@@ -109,7 +109,7 @@ def convolution_workspace(func: Any, args: tuple[Any, ...], device: str) -> list
         shape = _shape(x, weight, stride, _out_pixels(args))
         if device != "cpu" or _is_channels_last(x):
             copied = _copied_weight_bytes(weight, shape, device)
-            return [Transient(1, copied + shape.forward_bytes(device))]
+            return _nonzero(Transient(1, copied + shape.forward_bytes(device)))
         return _forward_cpu(x, weight, args) if x.dtype == torch.float32 else []
     if packet is _aten.convolution_backward:
         grad, x, weight, stride = args[0], args[1], args[2], args[4]
@@ -117,10 +117,14 @@ def convolution_workspace(func: Any, args: tuple[Any, ...], device: str) -> list
         wants_input = args[10][0]
         if device != "cpu" or _is_channels_last(x):
             copied = _copied_weight_bytes(weight, shape, device)
-            of_input = [Transient(1, copied + shape.of_input_bytes(device))] if wants_input else []
-            return [*of_input, Transient(1 + wants_input, copied + shape.of_weight_bytes(device))]
+            of_input = Transient(1, copied + shape.of_input_bytes(device) if wants_input else 0)
+            return _nonzero(of_input, Transient(1 + wants_input, copied + shape.of_weight_bytes(device)))
         return _backward_cpu(grad, x, weight, wants_input=wants_input) if x.dtype == torch.float32 else []
     return []
+
+
+def _nonzero(*transients: Transient) -> list[Transient]:
+    return [transient for transient in transients if transient.size_bytes]
 
 
 def _shape(x: Tensor, weight: Tensor, stride: list[int], out_pixels: int) -> ConvolutionShape:

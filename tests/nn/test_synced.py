@@ -28,11 +28,13 @@ def has_pooling(name):
     return "transition" in name or name == "stem"
 
 
+LEVELS = [(name, level) for name in MODULES for level in build(name)[1].levels]
+"""Each module's own levels: the others do as one of these."""
+
 CASES = [
     (name, split, level)
-    for name in MODULES
+    for name, level in LEVELS
     for split in SPLITS
-    for level in Recompute
     if not (split == "one value each" and has_pooling(name))  # Of a map of 1x1 pooling leaves nothing.
 ]
 DISTRIBUTED = [Recompute.NONE, Recompute.UNITS, Recompute.SEGMENT]
@@ -79,7 +81,7 @@ def replica(rank, folder):
             found[f"{name} in eval mode, {level}"] = copied(step(module.eval(), inputs, grad))
     pair = dist.new_group(PAIR)
     for name in ("dense block", "blend"):
-        for level in Recompute:
+        for level in build(name)[1].levels:
             found[f"{name} in a pair, {level}"] = in_a_pair(name, level, rank, pair)
     for level in DISTRIBUTED:
         found[f"distributed, {level}"] = data_parallel(level, rank)
@@ -159,16 +161,14 @@ def test_replicas_are_one_network_on_all_images(replicas, name, split, level):
     assert_one_network(parts, step(plain, inputs, grad))
 
 
-@pytest.mark.parametrize("level", Recompute)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(("name", "level"), LEVELS)
 def test_a_replica_in_eval_mode_waits_for_nobody(replicas, name, level):
     plain, inputs, grad = made(name, NormMode.BATCH, Recompute.NONE, sum(SPLITS["equal"]))
     step(plain, inputs, grad)
     assert_same(replicas[0][f"{name} in eval mode, {level}"], step(plain.eval(), inputs, grad))
 
 
-@pytest.mark.parametrize("level", Recompute)
-@pytest.mark.parametrize("name", ["dense block", "blend"])
+@pytest.mark.parametrize(("name", "level"), [case for case in LEVELS if case[0] in ("dense block", "blend")])
 def test_replicas_of_a_smaller_group_are_one_network_and_the_others_are_by_themselves(replicas, name, level):
     found = [part[f"{name} in a pair, {level}"] for part in replicas]
     plain, inputs, grad = made(name, NormMode.BATCH, Recompute.NONE, sum(PAIR_SPLIT))
@@ -202,14 +202,12 @@ def one_process(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("level", Recompute)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(("name", "level"), LEVELS)
 def test_without_a_group_synced_is_batch_to_the_bit(name, level):
     assert_bitwise_same(name, level)
 
 
-@pytest.mark.parametrize("level", Recompute)
-@pytest.mark.parametrize("name", ["dense block", "blend", "stem"])
+@pytest.mark.parametrize(("name", "level"), [case for case in LEVELS if case[0] in ("dense block", "blend", "stem")])
 @pytest.mark.usefixtures("one_process")
 def test_in_a_group_of_one_process_synced_is_batch_to_the_bit(name, level):
     assert_bitwise_same(name, level)

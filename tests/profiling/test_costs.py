@@ -52,6 +52,10 @@ def test_rebuilding_more_never_needs_more_and_always_costs_work(norm):
         assert plain.recompute is Recompute.NONE
         for level in others:
             assert level.saved_bytes <= plain.saved_bytes
+            if segment.name in ("transition1", "transition2", "transition3"):
+                # Pooled before it is projected: a quarter of the products.
+                assert 4 * level.forward.flops == plain.forward.flops
+                continue
             assert level.forward.flops == plain.forward.flops
             assert level.backward.flops >= plain.backward.flops
     plain, rebuilt = (
