@@ -18,15 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
+
+from memseg.nn.autograd import once_differentiable, without_autocast
+from memseg.nn.banded import banded
 
 IGNORE_INDEX = 255
 """The label of an unlabelled pixel, as in Cityscapes' trainIds; fits the uint8 target."""
 
 _BAND_BYTES = 4 * 2**20
-"""Of one band of full-size logits: 4 to 9 MiB with all that is computed beside them, whatever the image's height; or
-3.5 rows, where 1 row is more (27 MiB at 1000 classes, 2048 wide). On an EPYC with 1 MiB of L2 cache a thread, forward
-and backward at 19 classes, 512x1024, batch 2 took 136, 123, 118, 130, 147 and 171 ms with 1, 2, 4, 8, 16, 32 MiB."""
+"""Of one band of full-size logits: about what a processor's caches hold between the passes over it. With all that is
+computed beside them a band takes 4 to 9 MiB, whatever the image's height; or 3.5 rows, where 1 row is more (27 MiB at
+1000 classes, 2048 wide): `test_a_band_is_small_for_any_height_and_batch`."""
 
 _PIXEL_BYTES = 24
 """Of a pixel, whatever the number of classes: its label 8, whether it counts 1 and 4, and numbers of 4 of its own."""
@@ -195,25 +197,55 @@ def _spread(terms: _Terms, band: Tensor) -> Tensor | None:
     return weight * (terms.smoothing / len(band))
 
 
+def _bands_of(logits: Tensor, target: Tensor) -> list[slice]:
+    row_bytes = target.shape[2] * (logits.shape[1] * _working_dtype(logits).itemsize + _PIXEL_BYTES)
+    return bands(target.shape[1], row_bytes)
+
+
+def _narrow(
+    logits: Tensor, target: Tensor, weight: Any, ignored: int, smoothing: float, grad: Tensor
+) -> tuple[Any, ...]:
+    height = min(target.shape[1], 2 * _bands_of(logits, target)[0].stop)
+    part = slice(0, 1), slice(None), slice(0, -(-height * logits.shape[2] // target.shape[1]))
+    return logits[part], target[:1, :height], weight, ignored, smoothing, grad[part] if len(grad) else grad
+
+
+@banded(
+    mutates=["grad"],
+    narrow=_narrow,
+    fake=lambda logits, *_: logits.new_empty(2, dtype=_working_dtype(logits)),
+)
+def cross_entropy_sums(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignored: int, smoothing: float, grad: Tensor
+) -> Tensor:
+    """Sums of the losses of all pixels and of their labels' weights, (2,), of logits (N, K, h, w), target (N, H, W).
+
+    The gradient of the first is added to `grad`, which is like the logits, or has no images if nobody wants it.
+    """
+    terms = _Terms(ignored, weight, smoothing)
+    height, width = target.shape[1:]
+    sums = logits.new_zeros(2, dtype=_working_dtype(logits))
+    for image in range(len(logits)):
+        for rows in _bands_of(logits, target):
+            band = upsample_rows(logits[image : image + 1], (height, width), rows).squeeze(0)
+            sums += _sums_and_gradient(band, target[image, rows], terms)
+            if len(grad):
+                _add_row_gradient(grad[image], band, height, rows)
+            del band  # Before the next one is made.
+    return sums
+
+
 class _BandedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, terms: _Terms) -> Tensor:
-        dtype = _working_dtype(logits)
-        classes, (height, width) = logits.shape[1], target.shape[1:]
-        grad = torch.zeros_like(logits, dtype=dtype) if ctx.needs_input_grad[0] else None
-        sums = logits.new_zeros(2, dtype=dtype)
-        with torch.autocast(logits.device.type, enabled=False):
-            for image in range(len(logits)):
-                for rows in bands(height, width * (classes * dtype.itemsize + _PIXEL_BYTES)):
-                    band = upsample_rows(logits[image : image + 1], (height, width), rows).squeeze(0)
-                    sums += _sums_and_gradient(band, target[image, rows], terms)
-                    if grad is not None:
-                        _add_row_gradient(grad[image], band, height, rows)
-                    del band  # Before the next one is made.
+        dtype, wanted = _working_dtype(logits), ctx.needs_input_grad[0]
+        grad = torch.zeros_like(logits if wanted else logits[:0], dtype=dtype)
+        with without_autocast(logits.device.type):
+            sums = cross_entropy_sums(logits, target, terms.weight, terms.ignore_index, terms.smoothing, grad)
         total, total_weight = sums.unbind()
         # Where nothing counts, dividing by infinity leaves 0.
         divisor = total_weight.masked_fill(total_weight == 0, math.inf)
-        if grad is not None:
+        if wanted:
             ctx.save_for_backward(grad.div_(divisor))
             ctx.dtype = logits.dtype
         return total / divisor

@@ -110,7 +110,7 @@ def mixed_modes(level, rank):
     """A block of which only one norm in the middle is synced."""
     module, inputs, grad = made("dense block", NormMode.BATCH, level, sum(SPLITS["unequal"]))
     module.layers[1].norm1.norm = NormMode.SYNCED
-    own = share((2, 2, 2), rank)
+    own = share(SPLITS["unequal"], rank)
     return copied(step(module, [x[own] for x in inputs], grad[own]))
 
 
@@ -133,21 +133,15 @@ def as_tensors(found):
     return {name: torch.from_numpy(value) for name, value in found.items()}
 
 
-def assert_one_network(parts, expected, per_replica=1):
-    """Replicas' outputs and gradients together are the expected ones, and each has the expected running statistics.
-
-    Args:
-        parts: Of each replica.
-        expected: Of one network.
-        per_replica: By what gradients of parameters have been divided.
-    """
+def assert_one_network(parts, expected):
+    """Replicas' outputs and gradients together are the expected ones, and each has the expected running statistics."""
     joined = {}
     for name, value in expected.items():
         each = [part[name] for part in parts if name in part]
         if name == "output" or name.startswith("gradient of input"):
             joined[name] = torch.cat(each)
         elif name.startswith("gradient"):
-            joined[name] = torch.stack(each).sum(0) * per_replica
+            joined[name] = torch.stack(each).sum(0)
         else:
             assert_same(dict(enumerate(each)), dict.fromkeys(range(len(parts)), value))
             joined[name] = value
@@ -182,7 +176,7 @@ def test_distributed_data_parallel_averages_gradients_of_synced_replicas(replica
     parts = [found[f"distributed, {level}"] for found in replicas]
     plain, inputs, grad = made("dense block", NormMode.BATCH, Recompute.NONE, sum(SPLITS["equal"]))
     expected = {name: value for name, value in step(plain, inputs, grad).items() if name.startswith("gradient")}
-    # Each replica holds the average already; their sum is the whole network's gradient.
+    # The sum of what each holds, a third of the whole network's gradient, is that gradient.
     assert_one_network(parts, expected)
     for name in expected:
         if "input" not in name:
