@@ -49,7 +49,7 @@ from memseg.errors import MemsegError, UnknownNameError
 from memseg.models import model_names
 from memseg.profiling.measure import watch_allocator
 from memseg.running import end_with_parent, is_out_of_memory, lift_memory_limit, limit_memory
-from memseg.running.launch import _environment as environment_of_runs
+from memseg.running.launch import environment as environment_of_runs
 from memseg.units import format_bytes, format_seconds, parse_bytes, parse_image
 
 _COUNTED = {

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from memseg.levels import NormMode, Recompute
+from memseg.levels import NormMode, Precision, Recompute
 from memseg.models import build_model
 from memseg.planning import LOSS, CardPlan, PlacedSegment, Plan, save_plan
 from memseg.training.checkpoint import load_trained
@@ -37,7 +37,7 @@ def streets(steps, *, precision="float64", norm=NormMode.BATCH, length=6):
     return ["streets_demo", *(part for key, value in settings.items() for part in ("--set", f"{key}={value}"))]
 
 
-def hand_written_plan(path, cards, *, recompute=Recompute.NONE, capacity=2**32, **other):
+def hand_written_plan(path, cards, *, recompute=Recompute.NONE, capacity=2**32, precision="float64", **other):
     """A plan file that no planner made: equal cards, one level for all segments, a peak that nobody predicted."""
     starts = [_SEGMENTS.index(name) for name in STAGE_STARTS[cards]]
     stages = [_SEGMENTS[start:stop] for start, stop in zip(starts, [*starts[1:], None], strict=True)]
@@ -45,7 +45,7 @@ def hand_written_plan(path, cards, *, recompute=Recompute.NONE, capacity=2**32, 
     plan = Plan(
         **{
             "model": MODEL, "num_classes": CLASSES, "image": IMAGE, "batch": BATCH, "norm": NormMode.BATCH,
-            "precision": "float64", **other,
+            "precision": Precision(precision), **other,
         },
         strategy="split" if cards > 1 else "single",
         step_seconds=0.0,

@@ -19,6 +19,7 @@ from memseg.data import IGNORE_INDEX, Fit, pad_to_multiple, to_tensor
 from memseg.data.dataset import Pixels
 from memseg.data.transforms import Region
 from memseg.errors import InputError
+from memseg.nn.layout import band_limit
 from memseg.nn.loss import bands, upsample_rows
 from memseg.training.recipe import DataConfig
 
@@ -110,7 +111,7 @@ def label_image(model: Network, image: Pixels, *, framing: Framing, device: torc
         whole = (height, width)
     coarse = model.coarse_outputs(given[None].to(device, next(model.parameters()).dtype))[0]
     labels = np.full(image.shape[:2], IGNORE_INDEX, dtype=np.uint8)
-    for band in bands(height, coarse.shape[1] * whole[1] * coarse.element_size()):
+    for band in bands(height, coarse.shape[1] * whole[1] * coarse.element_size(), band_limit(coarse)):
         strongest = upsample_rows(coarse, whole, band)[0, :, :, :width].argmax(0)
         labels[top + band.start : top + band.stop, left:right] = strongest.to(torch.uint8).cpu().numpy()
     return labels

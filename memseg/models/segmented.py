@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memseg.errors import InputError, UnknownNameError
 from memseg.levels import NormMode, Recompute
-from memseg.nn import BatchNorm2d
+from memseg.nn import BatchNorm2d, layout
 
 IMAGES = "images"
 """The name under which segments read the input batch."""
@@ -117,9 +117,11 @@ class SegmentGraph(nn.Module):
 
 
 class Stage(SegmentGraph):
-    """Part of a model, with borders that tensors can cross: what comes out, and what gradients go back, is contiguous.
+    """Part of a model, with borders that tensors can cross, for which they must be contiguous.
 
-    A tensor that is passed through gets a node of its own, so that a gradient can arrive for it.
+    Feature maps are channels-last, (N, C, H, W) in memory (N, H, W, C); so that is how they cross, without a copy, and
+    their gradients cross back. A tensor that is passed through gets a node of its own, so that a gradient can arrive
+    for it.
 
     Args:
         segments, inputs, outputs: As of any graph.
@@ -133,9 +135,17 @@ class Stage(SegmentGraph):
         self.ends = ends
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The outputs, in order, contiguous."""
-        outputs = super().run(*(_ContiguousGradient.apply(tensor) for tensor in inputs))
-        return outputs if self.ends else tuple(tensor.contiguous() for tensor in outputs)
+        """The outputs, in order.
+
+        Inputs and outputs are contiguous (N, H, W, C), but for the images, and the outputs of the stage that `ends` the
+        model.
+        """
+        maps = (
+            tensor if name == IMAGES else layout.images(_ContiguousGradient.apply(tensor))
+            for name, tensor in zip(self.inputs, inputs, strict=True)
+        )
+        outputs = super().run(*maps)
+        return outputs if self.ends else tuple(layout.rows(tensor).contiguous() for tensor in outputs)
 
 
 class _ContiguousGradient(torch.autograd.Function):

@@ -4,6 +4,9 @@ Eager, every call below passes once over a band that stays in a processor's cach
 same functions, each once for all shapes, so that a chain is one pass; it needs what torch.compile needs (a C++ compiler
 on CPUs, Triton on GPUs).
 
+A result is written to `out=` where that saves a pass, and copied there where the compiler, which refuses an `out=` that
+is not contiguous, makes one pass of both.
+
 Bands are (..., C), per-channel numbers (C,). Maps may be in half precision; per-channel numbers, sums and the
 arithmetic between them are then in float32.
 """
@@ -13,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 _aten = torch.ops.aten
 
 
 def _norm_relu(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    if out.dtype == scale.dtype:
+    if out.dtype == scale.dtype and not is_compiling():
         torch.addcmul(shift, x, scale, out=out).relu_()
     else:
         out.copy_(torch.addcmul(shift, x.to(scale.dtype), scale).relu_())
@@ -46,6 +50,8 @@ def _spread(
         to.add_(wide.mul_(scale)) if add else to.copy_(wide.mul_(scale))
     elif add:
         to.addcmul_(grad, scale)
+    elif is_compiling():
+        to.copy_(grad * scale)
     else:
         torch.mul(grad, scale, out=to)
 

@@ -35,7 +35,7 @@ from memseg.nn.autograd import (
     without_autocast,
 )
 from memseg.nn.batch_norm import BatchNorm2d, Statistics, batch_statistics, check_norm
-from memseg.nn.layout import channels_last, empty_map, pixels
+from memseg.nn.layout import as_kernel, channels_last, empty_map, pixels
 from memseg.nn.norm_relu import Line, NormRelu
 from memseg.nn.operators import convolve, convolve_backward, project, project_backward
 from memseg.nn.ownership import take_over
@@ -290,7 +290,7 @@ class _DenseBlockNode(torch.autograd.Function):
             first = norm1.gradients(sums)
             line.add(first)
             gradients.append(
-                (first.weight, first.bias, grad_conv1.view_as(conv1), second.weight, second.bias, grad_conv2)
+                (first.weight, first.bias, as_kernel(grad_conv1, conv1), second.weight, second.bias, grad_conv2)
             )
         line.add_to(grad, features, slice(0, ctx.in_channels))
         grad_x = None

@@ -20,7 +20,7 @@ CHANNELS_LAST = torch.channels_last
 
 _BAND_BYTES = {"cpu": 4 * 2**20}
 """Of one band's normalised map. On 2 cores of a Zen 4 with 1 MiB of L2 each and 32 MiB of L3, 3x3 convolutions and
-matrix products over bands of 2 to 8 MiB ran at the rate of whole maps, over 1 MiB up to a third slower
+matrix products over bands of 2 to 8 MiB ran at nearly the rate of whole maps, over 1 MiB up to half slower
 (`python -m benchmarks.bands`)."""
 _BAND_BYTES_ELSEWHERE = 64 * 2**20
 """Small beside any card."""
@@ -60,6 +60,17 @@ def as_pixels(x: Tensor) -> Tensor:
     lies_so = x.stride(1) == 1 and (height == 1 or x.stride(2) == width * step)
     lies_so = lies_so and (x.shape[0] == 1 or x.stride(0) == height * width * step) and step >= x.shape[1]
     return x if lies_so else channels_last(x)
+
+
+def as_kernel(grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient (O, C) of a 1x1 convolution in the shape of its weight (O, C, 1, 1).
+
+    With the weight's strides too, where these differ only by what a size of 1 leaves open: DistributedDataParallel asks
+    for them.
+    """
+    if grad.stride() == weight.stride()[:2]:
+        return grad.as_strided(weight.shape, weight.stride())
+    return grad.view_as(weight)
 
 
 def band_limit(x: Tensor) -> int:

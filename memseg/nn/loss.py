@@ -21,14 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memseg.nn.autograd import once_differentiable, without_autocast
 from memseg.nn.banded import banded
+from memseg.nn.layout import band_limit
 
 IGNORE_INDEX = 255
 """The label of an unlabelled pixel, as in Cityscapes' trainIds; fits the uint8 target."""
-
-_BAND_BYTES = 4 * 2**20
-"""Of one band of full-size logits: about what a processor's caches hold between the passes over it. With all that is
-computed beside them a band takes 4 to 9 MiB, whatever the image's height; or 3.5 rows, where 1 row is more (27 MiB at
-1000 classes, 2048 wide): `test_a_band_is_small_for_any_height_and_batch`."""
 
 _PIXEL_BYTES = 24
 """Of a pixel, whatever the number of classes: its label 8, whether it counts 1 and 4, and numbers of 4 of its own."""
@@ -105,9 +101,9 @@ def _check_weight(weight: Tensor, classes: int) -> None:
         raise ValueError(f"weight must be finite and not negative, got {weight.min():g} to {weight.max():g}")
 
 
-def bands(height: int, row_bytes: int) -> list[slice]:
-    """Rows 0..height in bands of about 4 MiB of full-size logits, `row_bytes` each."""
-    rows = max(1, min(height, _BAND_BYTES // max(1, row_bytes)))
+def bands(height: int, row_bytes: int, limit: int) -> list[slice]:
+    """Rows 0..height, `row_bytes` each, in bands of up to `limit` bytes, at least a row."""
+    rows = max(1, min(height, limit // max(1, row_bytes)))
     return [slice(start, min(start + rows, height)) for start in range(0, height, rows)]
 
 
@@ -199,7 +195,7 @@ def _spread(terms: _Terms, band: Tensor) -> Tensor | None:
 
 def _bands_of(logits: Tensor, target: Tensor) -> list[slice]:
     row_bytes = target.shape[2] * (logits.shape[1] * _working_dtype(logits).itemsize + _PIXEL_BYTES)
-    return bands(target.shape[1], row_bytes)
+    return bands(target.shape[1], row_bytes, band_limit(logits))
 
 
 def _narrow(

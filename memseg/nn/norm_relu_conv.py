@@ -24,7 +24,7 @@ from memseg.nn.autograd import (
 )
 from memseg.nn.batch_norm import BatchNorm2d, check_norm
 from memseg.nn.join import join, joined_size, joined_statistics, upsample_backward
-from memseg.nn.layout import as_pixels, channels_last, empty_map, pixels
+from memseg.nn.layout import as_kernel, as_pixels, channels_last, empty_map, pixels
 from memseg.nn.norm_relu import Line, NormRelu
 from memseg.nn.operators import (
     convolve,
@@ -194,7 +194,7 @@ class _UnitNode(torch.autograd.Function):
                 found = project_backward(
                     pixels(grad_out), x, *numbers, norm.offset, matrix, pixels(grad), False, norm.needs_sums
                 )
-            grad_weight, gradients = found[0], norm.gradients(found[1])
+            grad_weight, gradients = as_kernel(found[0], weight), norm.gradients(found[1])
             if norm.uses_batch:
                 line = Line(x.shape[1], mean)
                 line.add(gradients)
@@ -209,7 +209,7 @@ class _UnitNode(torch.autograd.Function):
             if len(maps) > 1:
                 norm.complete_upsampled_(grads[0], maps[0], gradients)
                 grads[0] = upsample_backward(grads[0], maps[0])
-        parameters = (gradients.weight, gradients.bias, grad_weight.view_as(weight), grad_bias)
+        parameters = (gradients.weight, gradients.bias, grad_weight, grad_bias)
         wanted = ctx.needs_input_grad[3:7]
         dtypes = (norm_weight.dtype, norm_bias.dtype, weight.dtype, weight.dtype)
         of_parameters = (

@@ -293,7 +293,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (M, C) @ weight.T (C, O) + bias.
 
     On CPUs with several threads as a 1x1 convolution over one row of pixels: oneDNN's is faster than the matrix product
-    of the BLAS that torch comes with (`python -m benchmarks.products`). With one thread, or in float64, torch does not
+    of the BLAS that torch comes with (`python -m benchmarks.bands`). With one thread, or in float64, torch does not
     take oneDNN's.
     """
     if x.device.type != "cpu" or x.dtype == torch.float64 or torch.get_num_threads() == 1:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from memseg.nn.autograd import once_differentiable
 from memseg.nn.layout import CHANNELS_LAST
@@ -43,9 +44,12 @@ def _holders(grad: Tensor) -> _Holders:
 
 @cache
 def _alone() -> _Holders:
-    """The counts of a gradient that nobody else holds, taken where `take_over` takes them."""
+    """The counts of a gradient that nobody else holds, taken where `take_over` takes them.
+
+    Outside dispatch modes: one that keeps what it sees (tracers do) would hold the gradient that is looked at.
+    """
     found: list[_Holders] = []
-    with torch.enable_grad(), torch.inference_mode(False):
+    with torch.enable_grad(), torch.inference_mode(False), _disable_current_modes():
         leaf = torch.zeros(1, requires_grad=True)
         (_Look.apply(leaf, found) * 1).sum().backward()
     return found[0]

@@ -18,7 +18,7 @@ _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """What our processes get unless the user has set it: it must be there before they start."""
     return {
         "OMP_NUM_THREADS": str(os.cpu_count() or 1),
@@ -45,7 +45,7 @@ def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
     Returns:
         0, or the exit code of the process that failed first.
     """
-    for name, value in _environment().items():
+    for name, value in environment().items():
         os.environ.setdefault(name, value)
     options = ["--standalone", f"--nproc-per-node={processes}", "--module", module, *arguments]
     # Our processes say themselves what went wrong; the agent's account of it would drown their line.

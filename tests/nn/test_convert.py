@@ -14,8 +14,9 @@ from twins import assert_same, random_inputs, step
 from memseg.errors import UnknownNameError
 from memseg.levels import NormMode, Recompute
 from memseg.nn.batch_norm import BatchNorm2d
-from memseg.nn.convert import Change, FusedSequential, convert
+from memseg.nn.convert import Change, convert
 from memseg.nn.dense_block import DenseBlock
+from memseg.nn.fused_sequential import FusedSequential
 from memseg.nn.norm_relu_conv import NormReluConv
 from memseg.nn.recompute import recompute
 from memseg.profiling.measure import watch_allocator

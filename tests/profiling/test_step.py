@@ -129,7 +129,9 @@ def test_work_is_told_by_phase_and_rebuilding_adds_to_backward(profile):
 
     # Transitions that rebuild pool before they project: a quarter of the products.
     transitions = sum(
-        work.flops for (at, layer), work in profile.work.items() if at is Phase.FORWARD and layer.startswith("transition")
+        work.flops
+        for (at, layer), work in profile.work.items()
+        if at is Phase.FORWARD and layer.startswith("transition")
     )
     assert flops(rebuilt, Phase.FORWARD) == flops(profile, Phase.FORWARD) - transitions * 3 // 4
     # Backward of a convolution is twice its forward, but the images want no gradient.
