@@ -1,8 +1,8 @@
 """The element-wise chains of the layers, each over one band: as ATen calls, or fused by torch.compile on request.
 
 Eager, every call below passes once over a band that stays in a processor's caches. `fused_kernels(True)` compiles the
-same functions, each once for all shapes, so that a chain is one pass; it needs what torch.compile needs (a C++ compiler
-on CPUs, Triton on GPUs).
+same functions, so that a chain is one pass; it needs what torch.compile needs (a C++ compiler on CPUs, Triton on GPUs).
+Bands of all sizes share a kernel, but dtypes do not, nor do bands that lie in one piece and slices of wider ones.
 
 A result is written to `out=` where that saves a pass, and copied there where the compiler, which refuses an `out=` that
 is not contiguous, makes one pass of both.
@@ -98,6 +98,8 @@ _EAGER: dict[str, Callable[..., Any]] = {
     "complete": _complete,
 }
 _chains = dict(_EAGER)
+_MOST_KERNELS = 64
+"""Of each chain: torch's own limit of 8 is passed by layers of several dtypes."""
 
 
 def fused_kernels(enabled: bool = True) -> None:
@@ -106,7 +108,30 @@ def fused_kernels(enabled: bool = True) -> None:
     The first use of each chain compiles it, which takes some seconds; results agree to rounding.
     """
     for name, chain in _EAGER.items():
-        _chains[name] = torch.compile(chain, dynamic=True, fullgraph=True) if enabled else chain
+        _chains[name] = _fused(chain) if enabled else chain
+
+
+def _fused(chain: Callable[..., Any]) -> Callable[..., Any]:
+    # One over the limit runs eager.
+    compiled = torch.compile(chain, dynamic=True, recompile_limit=_MOST_KERNELS)
+
+    def run(*arguments: Any) -> Any:
+        try:
+            matrices = [_as_matrix(x) if isinstance(x, Tensor) else x for x in arguments]
+        except RuntimeError:  # Rows that lie apart, as those that pooling reads of a map of odd width.
+            return chain(*arguments)
+        return compiled(*matrices)
+
+    return run
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    """(..., C) as (M, C), so that bands of one image, of several and of pixels share kernels.
+
+    A tensor of its own on the same memory: of a parameter each size would be compiled for itself, and of a view what
+    lies around it matters.
+    """
+    return x.view(-1, x.shape[-1]).data if x.dim() > 2 else x.data
 
 
 def _run(name: str, *arguments: Any) -> Any:

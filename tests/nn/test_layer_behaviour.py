@@ -350,8 +350,8 @@ def test_what_fx_traces_computes_the_same_and_tracing_counts_no_batch(name, leve
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own look
-@pytest.mark.parametrize("level", Recompute)
-def test_a_compiled_network_trains_as_it_did(level):
+@pytest.mark.parametrize("levels", [("none", "none"), ("segment", "units")], ids=" ".join)
+def test_a_compiled_network_trains_as_it_did(levels):
     torch.manual_seed(0)
     plain, other = twins(
         nn.Sequential(
@@ -361,7 +361,7 @@ def test_a_compiled_network_trains_as_it_did(level):
             nn.Tanh(),
         )
     )
-    other[1].recompute = other[2].recompute = level
+    other[1].recompute, other[2].recompute = map(Recompute, levels)
     torch._dynamo.reset()
     compiled = torch.compile(other, backend="eager")
     for _ in range(2):
