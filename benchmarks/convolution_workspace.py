@@ -34,11 +34,14 @@ class Convolution:
     dilation: int = 1
     batch: int = 2
     wants_input_gradient: bool = True
+    channels_last: bool = False
+    """Whether maps are channels-last; the weight is contiguous, as a module keeps it."""
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Input (N, C, H, W) and weight."""
         weight = torch.ones(self.out_channels, self.in_channels, self.kernel_size, self.kernel_size)
-        return torch.ones(self.batch, self.in_channels, *self.size), weight
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return torch.ones(self.batch, self.in_channels, *self.size).contiguous(memory_format=layout), weight
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """(N, out_channels, H / stride, W / stride)."""
@@ -63,6 +66,11 @@ CONVOLUTIONS = (
     Convolution("3x3 stride 2", 64, 128, 3, (32, 64), stride=2),
     Convolution("3x3 of odd channels", 20, 37, 3, (31, 45)),
     Convolution("logits 1x1, one image", 128, 19, 1, (64, 128), batch=1),
+    Convolution("stem 7x7, channels-last", 3, 64, 7, (128, 256), stride=2, wants_input_gradient=False, channels_last=True),
+    Convolution("bottleneck 1x1, channels-last", 256, 128, 1, (32, 64), channels_last=True),
+    Convolution("dense layer 3x3, channels-last", 128, 32, 3, (128, 256), channels_last=True),
+    Convolution("context 3x3 dilated, channels-last", 512, 128, 3, (8, 16), dilation=2, channels_last=True),
+    Convolution("3x3 of odd channels, channels-last", 20, 37, 3, (31, 45), channels_last=True),
 )
 
 

@@ -54,13 +54,13 @@ class ConvolutionShape:
         """Beside the output."""
         if device != "cpu":
             return self._winograd_bytes()
-        return 0 if self._is_product else _per_thread_bytes() + self._weight_bytes(_blocked(self.out_channels))
+        return 0 if self.is_product else _per_thread_bytes() + self._weight_bytes(_blocked(self.out_channels))
 
     def of_input_bytes(self, device: str) -> int:
         """Of the gradient of the input, beside it."""
         if device != "cpu":
             return self._winograd_bytes()
-        if self._is_product:
+        if self.is_product:
             return 0
         width = _blocked(self.in_channels)
         return _per_thread_bytes() + self._weight_bytes(self.out_channels) // self.in_channels * width
@@ -69,9 +69,10 @@ class ConvolutionShape:
         """Of the gradient of the weight, beside it."""
         if device != "cpu":
             return self._winograd_bytes()
-        if self._is_product:
+        if self.is_product:
             return 0
-        blocked = self._weight_bytes(_blocked(self.out_channels))
+        width = self.in_channels if self.in_channels <= 3 else _blocked(self.in_channels)
+        blocked = self._weight_bytes(_blocked(self.out_channels)) // self.in_channels * width
         # Threads share out the gradient of a weight and add their parts: one more copy of it.
         parts = blocked if torch.get_num_threads() > 1 else 0
         if self.dtype in HALF_DTYPES:
@@ -80,7 +81,7 @@ class ConvolutionShape:
         return blocked + max(parts, self._weight_bytes(self.out_channels))
 
     @property
-    def _is_product(self) -> bool:
+    def is_product(self) -> bool:
         """Whether torch multiplies matrices instead: in float64, and for 1x1 kernels on a single thread."""
         alone = self.kernel_size == 1 and not self.strided and torch.get_num_threads() == 1 and self.images < 16
         return self.dtype == torch.float64 or (alone and self.dtype == torch.float32)
@@ -110,7 +111,7 @@ def convolution_workspace(func: Any, args: tuple[Any, ...], device: str) -> list
         if device != "cpu" or _is_channels_last(x):
             copied = _copied_weight_bytes(weight, shape, device)
             return _nonzero(Transient(1, copied + shape.forward_bytes(device)))
-        return _forward_cpu(x, weight, args) if x.dtype == torch.float32 else []
+        return [] if shape.is_product or x.dtype != torch.float32 else _forward_cpu(x, weight, args)
     if packet is _aten.convolution_backward:
         grad, x, weight, stride = args[0], args[1], args[2], args[4]
         shape = _shape(x, weight, stride, grad.numel() // grad.shape[1])
@@ -119,7 +120,9 @@ def convolution_workspace(func: Any, args: tuple[Any, ...], device: str) -> list
             copied = _copied_weight_bytes(weight, shape, device)
             of_input = Transient(1, copied + shape.of_input_bytes(device) if wants_input else 0)
             return _nonzero(of_input, Transient(1 + wants_input, copied + shape.of_weight_bytes(device)))
-        return _backward_cpu(grad, x, weight, wants_input=wants_input) if x.dtype == torch.float32 else []
+        if shape.is_product or x.dtype != torch.float32:
+            return []
+        return _backward_cpu(grad, x, weight, wants_input=wants_input)
     return []
 
 
@@ -147,7 +150,7 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def _copied_weight_bytes(weight: Tensor, shape: ConvolutionShape, device: str) -> int:
     """Of the channels-last copy that torch makes of a contiguous weight."""
-    needless = device != "cpu" or shape._is_product or weight.is_contiguous(memory_format=torch.channels_last)
+    needless = device != "cpu" or shape.is_product or weight.is_contiguous(memory_format=torch.channels_last)
     return 0 if needless else weight.nbytes
 
 

@@ -33,8 +33,6 @@ needs_onednn = pytest.mark.skipif(
 @needs_onednn
 def test_forward_is_exact(rows):
     for row in rows:
-        if row["name"] == "logits 1x1, one image" and torch.get_num_threads() == 1:
-            continue
         assert row["forward_predicted_bytes"] == row["forward_measured_bytes"], row["name"]
 
 
