@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.result import Row, tell
 from memseg.profiling.measure import watch_allocator
 from memseg.profiling.trace import StepTracer
+from memseg.profiling.workspace import blocked_weight_bytes
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ CONVOLUTIONS = (
 
 
 def compare(convolution: Convolution) -> Row:
-    """Peak bytes of forward and backward, predicted and measured, and the bytes of the weight."""
+    """Peak bytes of forward and backward, predicted and measured, and the bytes of the weight as oneDNN lays it out."""
     x, weight = convolution.tensors()
     grad = torch.ones_like(convolution.forward(x, weight))
     return {
         "name": convolution.name,
-        "weight_bytes": weight.nbytes,
+        "blocked_weight_bytes": blocked_weight_bytes(weight),
         "forward_predicted_bytes": _predicted(lambda x, weight, _: convolution.forward(x, weight), x, weight, grad),
         "forward_measured_bytes": _measured(lambda: convolution.forward(x, weight)),
         "backward_predicted_bytes": _predicted(

@@ -156,17 +156,19 @@ def _copied_weight_bytes(weight: Tensor, shape: ConvolutionShape, device: str) -
 
 def _forward_cpu(x: Tensor, weight: Tensor, args: tuple[Any, ...]) -> list[Transient]:
     out = _blocked(weight.shape[0]) * _out_pixels(args) * 4
-    return [Transient(0, _blocked_bytes(x) + _blocked_weight_bytes(weight) + out), Transient(1, out)]
+    return [Transient(0, _blocked_bytes(x) + blocked_weight_bytes(weight) + out), Transient(1, out)]
 
 
 def _backward_cpu(grad: Tensor, x: Tensor, weight: Tensor, *, wants_input: bool) -> list[Transient]:
-    grad_bytes, x_bytes, weight_bytes = _blocked_bytes(grad), _blocked_bytes(x), _blocked_weight_bytes(weight)
+    grad_bytes, x_bytes, weight_bytes = _blocked_bytes(grad), _blocked_bytes(x), blocked_weight_bytes(weight)
     transients = []
     if wants_input:
         transients += [Transient(0, grad_bytes + weight_bytes + x_bytes), Transient(1, x_bytes)]
     made = len(transients) // 2
     # Threads share out the gradient of a weight and add their parts: one more copy of it.
-    return [*transients, Transient(made, grad_bytes + x_bytes + 2 * weight_bytes), Transient(made + 1, weight_bytes)]
+    parts = 2 if torch.get_num_threads() > 1 else 1
+    first = Transient(made, grad_bytes + x_bytes + parts * weight_bytes)
+    return [*transients, first, Transient(made + 1, weight_bytes)]
 
 
 def _out_pixels(args: tuple[Any, ...]) -> int:
@@ -195,7 +197,8 @@ def _blocked_bytes(x: Tensor) -> int:
     return 0 if channels <= 3 else x.numel() // channels * _blocked(channels) * x.element_size()
 
 
-def _blocked_weight_bytes(weight: Tensor) -> int:
+def blocked_weight_bytes(weight: Tensor) -> int:
+    """A weight's copy in oneDNN's layout."""
     out_channels, in_channels = int(weight.shape[0]), int(weight.shape[1])
     width = in_channels if in_channels <= 3 else _blocked(in_channels)
     return weight.numel() // (out_channels * in_channels) * _blocked(out_channels) * width * weight.element_size()
