@@ -67,7 +67,7 @@ CONVOLUTIONS = (
     Convolution("3x3 stride 2", 64, 128, 3, (32, 64), stride=2),
     Convolution("3x3 of odd channels", 20, 37, 3, (31, 45)),
     Convolution("logits 1x1, one image", 128, 19, 1, (64, 128), batch=1),
-    Convolution("stem 7x7, channels-last", 3, 64, 7, (128, 256), stride=2, wants_input_gradient=False, channels_last=True),
+    Convolution("blend 3x3, channels-last", 256, 128, 3, (32, 64), channels_last=True),
     Convolution("bottleneck 1x1, channels-last", 256, 128, 1, (32, 64), channels_last=True),
     Convolution("dense layer 3x3, channels-last", 128, 32, 3, (128, 256), channels_last=True),
     Convolution("context 3x3 dilated, channels-last", 512, 128, 3, (8, 16), dilation=2, channels_last=True),

@@ -166,8 +166,7 @@ def _backward_cpu(grad: Tensor, x: Tensor, weight: Tensor, *, wants_input: bool)
         transients += [Transient(0, grad_bytes + weight_bytes + x_bytes), Transient(1, x_bytes)]
     made = len(transients) // 2
     # Threads share out the gradient of a weight and add their parts: one more copy of it.
-    parts = 2 if torch.get_num_threads() > 1 else 1
-    first = Transient(made, grad_bytes + x_bytes + parts * weight_bytes)
+    first = Transient(made, grad_bytes + x_bytes + 2 * weight_bytes)
     return [*transients, first, Transient(made + 1, weight_bytes)]
 
 

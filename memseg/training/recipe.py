@@ -144,7 +144,7 @@ class ModelConfig(StrictModel):
     name: Text
     """Name of a network; `memseg models` lists them."""
     norm: NormMode = NormMode.BATCH
-    """What batch norm normalises with: the statistics of the `batch`, `frozen` ones, or those of all replicas, `synced`."""
+    """What batch norm normalises with: the `batch`, `frozen` statistics, or those of all replicas, `synced`."""
     encoder_weights: Path | None = None
     """File with the state dict of torchvision's DenseNet of the same depth; without it the encoder starts at random."""
 
