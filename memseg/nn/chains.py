@@ -50,8 +50,6 @@ def _spread(
         to.add_(wide.mul_(scale)) if add else to.copy_(wide.mul_(scale))
     elif add:
         to.addcmul_(grad, scale)
-    elif is_compiling():
-        to.copy_(grad * scale)
     else:
         torch.mul(grad, scale, out=to)
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from twins import MODULES, build, gradients
 
 from memseg.levels import NormMode, Recompute
-from memseg.nn import BatchNorm2d, DenseBlock, NormReluConv
+from memseg.nn import BatchNorm2d, DenseBlock, NormReluConv, layout
 
 REBUILDING = [(name, level) for name in MODULES for level in build(name)[1].levels if level is not Recompute.NONE]
 """Each module's own levels: the others do as one of these."""
@@ -47,21 +47,19 @@ def half(dtype):
 HALF = [half(torch.bfloat16), half(torch.float16)]
 
 
-def step(module, inputs, grad, *, autocast=None, backward_inside=False):
+def step(module, inputs, grad, *, autocast=None, around_backward=None):
     """Output, gradients and running statistics of one step."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     module.zero_grad()
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
         out = module(*leaves)
-        if backward_inside:
-            out.backward(grad.to(out.dtype))
-    if not backward_inside:
+    with torch.autocast("cpu", around_backward, enabled=around_backward is not None):
         out.backward(grad.to(out.dtype))
     statistics = {name: value for name, value in module.named_buffers() if value.is_floating_point()}
     return {"output": out.detach(), **gradients(module, leaves), **statistics}
 
 
-def case(name, dtype, seed=0, norm=NormMode.BATCH):
+def case(name, dtype, seed=0, norm=NormMode.BATCH, times=(2, 3)):
     """A module in float32, inputs, and the output's gradient.
 
     Inputs are in half precision, as maps inside a network under autocast are; the images of a stem are in float32, but
@@ -74,7 +72,7 @@ def case(name, dtype, seed=0, norm=NormMode.BATCH):
     if len(norms) > 1:
         for one in norms:
             one.bias.data = one.bias.sign() * 10 * one.weight.abs()
-    shapes = [(shape[0], shape[1], 2 * shape[2], 3 * shape[3]) for shape in MODULES[name][1]]
+    shapes = [(shape[0], shape[1], times[0] * shape[2], times[1] * shape[3]) for shape in MODULES[name][1]]
     inputs = [torch.randn(shape).to(dtype) for shape in shapes]
     with torch.no_grad():
         grad = torch.randn(copy.deepcopy(module)(*(x.float() for x in inputs)).shape).to(dtype)
@@ -140,6 +138,19 @@ def test_autocast_is_as_exact_as_the_plain_network_under_autocast(name, norm, dt
 
 
 @pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["dense block", "1x1", "3x3", "transition", "blend"])
+def test_sums_over_many_bands_are_as_exact_as_the_plain_networks(name, dtype, monkeypatch):
+    monkeypatch.setattr(layout, "_BAND_BYTES", {"cpu": 1})
+    results, exact = {}, []
+    for seed in SEEDS:
+        module, inputs, grad = case(name, dtype, seed, times=(8, 12))
+        exact.append(exact_step(module, inputs, grad))
+        for level in (Recompute.NONE, Recompute.UNITS):
+            results.setdefault(level, []).append(step(at(level, module), inputs, grad, autocast=dtype))
+    assert_as_exact_as_plain(results, exact)
+
+
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_wholly_in_half_precision_is_as_exact_as_the_plain_one(name, training, dtype):
@@ -189,14 +200,15 @@ def test_statistics_are_not_rounded_to_half_precision(build_one, level, dtype):
 
 
 @pytest.mark.parametrize(("name", "level"), REBUILDING)
-def test_backward_is_the_same_to_the_bit_inside_and_outside_autocast(name, level):
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_autocast_around_backward_changes_no_bit(name, level, autocast):
     module, inputs, grad = case(name, torch.bfloat16)
-    found, expected = (
-        step(at(level, module), inputs, grad, autocast=torch.bfloat16, backward_inside=inside)
-        for inside in (False, True)
-    )
-    for key, value in expected.items():
-        assert torch.equal(found[key], value), key
+    inputs = [x.float() for x in inputs]
+    expected = step(at(level, module), inputs, grad, autocast=autocast)
+    for other in (torch.bfloat16, torch.float16):
+        found = step(at(level, module), inputs, grad, autocast=autocast, around_backward=other)
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), key
 
 
 class WatchOperators(TorchDispatchMode):

@@ -125,15 +125,17 @@ def test_a_gradient_of_the_input_alone_leaves_the_parameters_without_one(name, l
 def test_each_parameter_may_be_the_only_one_that_is_trained(name, level):
     plain, other = at(name, level)
     inputs = inputs_of(name)
-    expected = step(plain, inputs)
-    for trained, _ in plain.named_parameters():
-        for key, parameter in other.named_parameters():
-            parameter.requires_grad_(key == trained)
-        out = other(*(x.detach() for x in inputs))
-        other.zero_grad()
-        out.backward(output_gradient(out))
-        key = f"gradient of {trained}"
-        assert_same(gradients(other), {key: expected[key]})
+    for training in (False, True):
+        expected = step(plain.train(training), inputs)
+        other.train(training)
+        for trained, _ in plain.named_parameters():
+            for key, parameter in other.named_parameters():
+                parameter.requires_grad_(key == trained)
+            out = other(*(x.detach() for x in inputs))
+            other.zero_grad()
+            out.backward(output_gradient(out))
+            key = f"gradient of {trained}"
+            assert_same(gradients(other), {key: expected[key]})
 
 
 @pytest.mark.parametrize(("name", "level"), LEVELS)
