@@ -28,9 +28,8 @@ def test_the_predicted_peak_is_the_measured_one(level, norm):
     build = partial(build_model, MINI, norm=norm)
     predicted = profile_step(build, image=IMAGE, batch=BATCH, recompute=level).timeline.peak_allocated_bytes
     measured = measure_step(build, image=IMAGE, batch=BATCH, recompute=level)
-    # Where something is rebuilt the peak lies in the gradient of a convolution, which may need one copy of a weight
-    # less than is predicted.
-    assert predicted == pytest.approx(measured, rel=0.001 if level is Recompute.NONE else 0.03)
+    # A segment that is rebuilt whole keeps the state of random numbers too: 5 KiB, which fake tensors do not see.
+    assert predicted == pytest.approx(measured, rel=0.002)
 
 
 def test_levels_may_differ_by_segment():
