@@ -72,13 +72,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_chains_that_are_captured_compute_what_they_compute_eager(name, norm, dtype, request):
+def test_chains_that_are_captured_compute_what_they_compute_eager(name, norm, request):
     shapes = [[(n, shape[1], n * shape[2], shape[3]) for shape in MODULES[name][1]] for n in (1, 2, 3)]
-    expected = results(name, dtype, norm, shapes)
+    expected = results(name, torch.float32, norm, shapes)
     request.getfixturevalue("captured")
-    for found, eager in zip(results(name, dtype, norm, shapes), expected, strict=True):
-        assert_close(found, eager, TOLERANCE[dtype])
+    for found, eager in zip(results(name, torch.float32, norm, shapes), expected, strict=True):
+        assert_close(found, eager, TOLERANCE[torch.float32])
     assert not counters["graph_break"]
 
 
