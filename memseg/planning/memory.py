@@ -19,8 +19,8 @@ What is alive, for a stage of segments i..j:
                     maker's backward, and of tensors that came from an earlier stage until all backward is over
     optimizer step  all parameter gradients
 
-What leaves a stage crosses as a contiguous copy; where the batch is larger than one and a segment here saves the tensor
-too, both are alive. On the last card of a split the pipeline holds the model's outputs until backward is over.
+What leaves a stage crosses as it lies in memory. On the last card of a split the pipeline holds the model's outputs
+until backward is over.
 
 A tensor that skips the stage unread needs a third buffer throughout backward: autograd copies the gradient that it is
 handed for a leaf. Left out: the gradient of the loss, a scalar, and what the optimizer's arithmetic takes for itself.
@@ -244,14 +244,14 @@ class Stage:
     def _tensor(self, position: int, *, held: bool, before: int) -> list[Term]:
         """The output of a segment of this stage, if it is alive: `held` anyway, or saved by a segment below `before`.
 
-        A tensor that leaves, or that nobody reads (the result of the step), is held until all backward is over. What
-        leaves is a contiguous copy, beside which the tensor itself may be saved. In a split the pipeline holds the
-        model's outputs as well, which a model on one card lets go of once the loss has read them.
+        A tensor that leaves, or that nobody reads (the result of the step), is held until all backward is over. In a
+        split the pipeline holds the model's outputs as well, which a model on one card lets go of once the loss has
+        read them.
         """
         maker = self.costs.segments[position]
         leaves = maker in self.leaving
         is_output = self.first > 0 and len(self.costs.segments) - 1 in self._local_readers(maker.name)
-        if not leaves and (held or is_output or not self._readers[maker.name]):
+        if leaves or held or is_output or not self._readers[maker.name]:
             return [Term(maker.output_bytes, Category.ACTIVATION)]
         picks: set[Pick] = set()
         if position < before:
@@ -261,12 +261,7 @@ class Stage:
             place = segment.reads.index(maker.name)
             if reader < before:
                 picks |= {(reader, number) for number, level in enumerate(segment.levels) if level.saves_inputs[place]}
-        saved = [Term(maker.output_bytes, Category.ACTIVATION, frozenset(picks))] if picks else []
-        if not leaves:
-            return saved
-        copy = Term(maker.output_bytes, Category.ACTIVATION)
-        # Recomputing segments keep channels first in memory, which only for a single image is how a tensor crosses.
-        return [copy, *saved] if self.costs.batch > 1 else [copy]
+        return [Term(maker.output_bytes, Category.ACTIVATION, frozenset(picks))] if picks else []
 
     def _local_readers(self, name: str) -> list[int]:
         return [reader for reader in self._readers[name] if reader in self.positions]

@@ -206,8 +206,11 @@ def _level_cost(
 
 
 def _peak_beside_gradient(timeline: Timeline) -> int:
-    """The most that is allocated during backward, without the gradient of the output: the first that backward makes."""
-    gradient = next(one for one in timeline.allocations if one.phase is Phase.BACKWARD)
+    """The most that is allocated during backward, without the gradient of the output.
+
+    It is the second that backward makes: the first is that of the root, a scalar.
+    """
+    _, gradient, *_ = (one for one in timeline.allocations if one.phase is Phase.BACKWARD)
     rest = replace(timeline, allocations=tuple(one for one in timeline.allocations if one is not gradient))
     return max(rest.curve[timeline.backward_start :], default=0)
 

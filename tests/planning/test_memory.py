@@ -85,9 +85,9 @@ def test_what_leaves_outlives_its_own_backward():
     assert moments_of(Stage(costs, 0, 1), (0, 0))["backward of a"] == 20 + 20 + 40
 
 
-@pytest.mark.parametrize(("batch", "beside_the_copy"), [(2, 40), (1, 0)])
-def test_what_leaves_is_held_as_a_copy_and_where_it_is_saved_once_more(batch: int, beside_the_copy: int):
-    # a's output crosses to the loss, and b saves it: as a made it, until b's backward. A single image is its own copy.
+@pytest.mark.parametrize("batch", [2, 1])
+def test_what_leaves_is_held_once_even_where_it_is_saved_too(batch: int):
+    # a's output crosses to the loss as it lies, and b saves it.
     costs = model(
         segment("a", ("images",), level(), output=40),
         segment("b", ("a",), level(), output=20),
@@ -98,21 +98,19 @@ def test_what_leaves_is_held_as_a_copy_and_where_it_is_saved_once_more(batch: in
     gradients_arrive = 40 + 10
     assert moments_of(Stage(costs, 0, 2), (0, 0, 0)) == {
         "forward of a": gradients_arrive,
-        "forward of b": gradients_arrive + 40 + beside_the_copy,
-        "forward of c": gradients_arrive + 40 + beside_the_copy + 20,
-        "backward of c": gradients_arrive + 40 + beside_the_copy + 20 + 10,
+        "forward of b": gradients_arrive + 40,
+        "forward of c": gradients_arrive + 40 + 20,
+        "backward of c": gradients_arrive + 40 + 20 + 10,
         # Its own output, saved by c, is gone; the gradient of it is there.
-        "backward of b": gradients_arrive + 40 + beside_the_copy + 20 + 10,
+        "backward of b": gradients_arrive + 40 + 20 + 10,
         # What b saved is gone; b made a gradient for a's output beside the one that arrived.
         "backward of a": gradients_arrive + 40 + 40 + 10,
         "optimizer step": gradients_arrive,
     }
 
 
-@pytest.mark.parametrize(("batch", "beside_the_copy"), [(2, 40), (1, 0)])
-def test_a_maker_that_saves_what_leaves_holds_it_beside_the_copy_until_its_own_backward(
-    batch: int, beside_the_copy: int
-):
+@pytest.mark.parametrize("batch", [2, 1])
+def test_a_maker_that_saves_what_leaves_holds_nothing_more(batch: int):
     costs = model(
         segment("a", ("images",), level(), output=20),
         segment("b", ("a",), level(inputs=(False,), output=True), level(Recompute.SEGMENT, inputs=(False,)), output=40),
@@ -127,7 +125,7 @@ def test_a_maker_that_saves_what_leaves_holds_it_beside_the_copy_until_its_own_b
         "backward of a": 40 + 40 + 20,
         "optimizer step": 40,
     }
-    assert saved == not_saved | {"backward of b": 40 + 40 + beside_the_copy}
+    assert saved == not_saved
 
 
 def test_a_gradient_that_arrived_is_not_freed_while_its_segment_works():
@@ -207,13 +205,12 @@ def replay(costs: ModelCosts, first: int, last: int, levels: tuple[int, ...]) ->
                  if any(name in segments[p].reads for p in chosen))  # fmt: skip
     fixed += sum(output[name] for name in entering) + sum(output[name] for name in leaving if needs_grad[name])
     saved = gradients = peak = 0
-    held: dict[str, set[object]] = {}  # tensors as they were made, and who holds each
-    crossing: set[str] = set()  # tensors as they leave: copies, which nobody lets go of
+    held: dict[str, set[object]] = {}  # tensors, and who holds each
+    crossing: set[str] = set()  # tensors that leave, which nobody lets go of
 
     def alive() -> int:
-        copies = sum(output[name] for name in crossing)
-        as_made = [name for name, holders in held.items() if holders and (costs.batch > 1 or name not in crossing)]
-        return copies + sum(output[name] for name in as_made)
+        names = crossing | {name for name, holders in held.items() if holders}
+        return sum(output[name] for name in names)
 
     for p, cost in chosen.items():
         peak = max(peak, fixed + saved + alive() + cost.forward_peak_bytes)
