@@ -19,6 +19,7 @@ from memseg.levels import NormMode, Recompute
 from memseg.models.densenet import DenseNetConfig, Encoder, densenet_encoder
 from memseg.models.segmented import Segment, SegmentedModel
 from memseg.nn import Blend, NormReluConv, rebuild
+from memseg.nn.autograd import is_traced
 
 
 class Context(nn.Module):
@@ -51,8 +52,8 @@ class Context(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, out_channels, H, W)."""
-        if self._recompute is Recompute.SEGMENT:
-            return rebuild(self._run, x)
+        if self._recompute is Recompute.SEGMENT and not is_traced():
+            return rebuild(self._run, x, owner=self)
         return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:

@@ -151,17 +151,16 @@ class DenseBlock(nn.Module):
             for layer in self.layers:
                 x = torch.cat([x, layer(x)], 1)
             return x
-        parameters = [parameter for layer in self.layers for parameter in layer.node_parameters()]
         if self.recompute is Recompute.SEGMENT:
-            # The parameters too: they may be lent (functional_call) and gone by the second run, or have changed.
-            return rebuild(self._node, x, *parameters)
-        return self._node(x, *parameters)
+            return rebuild(self._node, x, owner=self)
+        return self._node(x)
 
     @_disable_dynamo
-    def _node(self, x: Tensor, *parameters: Tensor) -> Tensor:
+    def _node(self, x: Tensor) -> Tensor:
         check_shapes([x], self.in_channels)
         for layer in self.layers:
             check_dtypes(x, layer.conv1.weight)
+        parameters = [parameter for layer in self.layers for parameter in layer.node_parameters()]
         dtype = compute_dtype(x)
         with without_autocast(x.device.type):
             return cast(Tensor, _DenseBlockNode.apply(self, x.to(dtype), *parameters))

@@ -86,7 +86,8 @@ def rebuild(function: Callable[..., Result], *inputs: Any, owner: nn.Module | No
     Args:
         function: Returns any structure of tensors.
         inputs: Anything; tensors directly among them are guarded by autograd against changes in between.
-        owner: The module whose torch norms the function runs; memseg's own norms need none.
+        owner: The module that the function runs. Its parameters are guarded as inputs are; where they, or buffers, were
+            lent for the first run (torch.func.functional_call), the second has them too; its torch norms count once.
 
     torch.compile leaves it to eager execution.
 
@@ -98,7 +99,12 @@ def rebuild(function: Callable[..., Result], *inputs: Any, owner: nn.Module | No
     second = _SecondRun(owner)
     tensors = [x for x in inputs if isinstance(x, Tensor)]
     versions = [x._version for x in tensors]
-    out = checkpoint(function, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), second))
+
+    def run(*inputs_and_parameters: Any) -> Result:
+        return function(*inputs_and_parameters[: len(inputs)])
+
+    parameters = [] if owner is None else list(owner.parameters())
+    out = checkpoint(run, *inputs, *parameters, use_reentrant=False, context_fn=lambda: (nullcontext(), second))
     if versions != [x._version for x in tensors]:
         raise InputError(
             f"what is rebuilt must leave its inputs as they are, but {type(owner or function).__name__} overwrites one "
@@ -233,17 +239,33 @@ def _device_markers(module: nn.Module) -> list[Tensor]:
 
 
 class _SecondRun(ExitStack):
-    """Running statistics stand still inside. May be entered again: a retained graph is rebuilt in every backward."""
+    """Running statistics stand still inside, and the owner has the parameters and buffers that the first run had.
+
+    May be entered again: a retained graph is rebuilt in every backward.
+    """
 
     def __init__(self, owner: nn.Module | None) -> None:
         super().__init__()
         self._owner = owner
+        self._had = [] if owner is None else [(held, dict(held)) for held in _holders(owner)]
 
     def __enter__(self) -> Self:
         self.enter_context(statistics_paused())
+        for held, had in self._had:
+            now = {name: value for name, value in held.items() if name in had and value is not had[name]}
+            held |= {name: had[name] for name in now}
+            self.callback(held.update, now)
         if self._owner is not None:
             self.enter_context(_copies_lent(self._owner))
         return self
+
+
+def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Where a module and all in it hold what a forward reads: not the running statistics that only follow a batch."""
+    for part in module.modules():
+        yield part._parameters
+        if not (part.training and isinstance(part, _NormBase)):
+            yield part._buffers
 
 
 _lent: dict[_NormBase, tuple[int, dict[str, Tensor | None]]] = {}

@@ -23,14 +23,6 @@ from memseg.profiling.measure import watch_allocator
 LEVELS = [(name, level) for name in MODULES for level in build(name)[1].levels]
 """Each module's own levels: the others do as one of these."""
 REBUILDING = [(name, level) for name, level in LEVELS if level is not Recompute.NONE]
-WITHOUT_CONTEXT_AT_SEGMENT = [
-    pytest.param(
-        *case, marks=pytest.mark.xfail(strict=True, reason="`rebuild` is given Context's input alone, and never plain")
-    )
-    if case == ("context", Recompute.SEGMENT)
-    else case
-    for case in LEVELS
-]
 UNITS = ["dense block", "1x1", "3x3", "transition", "blend"]
 """Modules of `memseg.nn` itself."""
 
@@ -187,7 +179,7 @@ def test_differentiating_twice_is_refused(name, level, way):
         penalty.backward()
 
 
-@pytest.mark.parametrize(("name", "level"), WITHOUT_CONTEXT_AT_SEGMENT)
+@pytest.mark.parametrize(("name", "level"), LEVELS)
 def test_weights_that_change_between_forward_and_backward_do_not_go_unnoticed(name, level):
     _, module = at(name, level)
     out = module(*(x.requires_grad_() for x in inputs_of(name)))
@@ -198,7 +190,7 @@ def test_weights_that_change_between_forward_and_backward_do_not_go_unnoticed(na
         out.sum().backward()
 
 
-@pytest.mark.parametrize(("name", "level"), WITHOUT_CONTEXT_AT_SEGMENT)
+@pytest.mark.parametrize(("name", "level"), LEVELS)
 def test_parameters_that_are_lent_for_one_call_get_their_gradients(name, level):
     plain, other = at(name, level)
     inputs = inputs_of(name)
@@ -308,7 +300,7 @@ def test_scripting_is_refused(build_one):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
-@pytest.mark.parametrize(("name", "level"), WITHOUT_CONTEXT_AT_SEGMENT)
+@pytest.mark.parametrize(("name", "level"), LEVELS)
 def test_what_is_traced_in_eval_mode_computes_the_same(name, level):
     _, module = at(name, level)
     module.eval()

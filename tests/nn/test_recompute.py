@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torchvision.models import DenseNet, resnet18
 from twins import assert_same, gradients, random_inputs, step
@@ -457,3 +458,30 @@ def test_a_compiled_model_leaves_what_is_rebuilt_to_eager_execution():
     compiled = torch.compile(rebuilt, backend="eager")
     found = step(compiled, inputs)
     assert_same({name.replace("_orig_mod.", ""): value for name, value in found.items()}, step(plain, inputs))
+
+
+def test_parameters_and_buffers_that_are_lent_for_one_call_are_there_when_it_is_rebuilt():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1)).double().eval()
+    rebuilt = copy.deepcopy(model)
+    recompute(rebuilt, {"": "segment"})
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    lent = {key: torch.rand_like(value).requires_grad_() for key, value in model.named_parameters()}
+    buffers = {key: torch.rand_like(value) for key, value in model.named_buffers() if value.is_floating_point()}
+    own = dict(rebuilt.state_dict(keep_vars=True))
+    expected, found = (
+        torch.autograd.grad(functional_call(one, lent | buffers, (x,)).square().sum(), list(lent.values()))
+        for one in (model, rebuilt)
+    )
+    for name, one, other in zip(lent, found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0, msg=name)
+    assert all(value is own[key] for key, value in rebuilt.state_dict(keep_vars=True).items())
+
+
+def test_weights_that_change_before_backward_do_not_go_unnoticed():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    recompute(model, {"": "segment"})
+    out = model(torch.ones(4, 2))
+    with torch.no_grad():
+        model[2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
+        out.sum().backward()
