@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -49,7 +50,7 @@ def band_sizes() -> list[Row]:
         block(images).backward(grad)
 
     try:
-        found = medians({f"{size} MiB": lambda size=size: step(size) for size in SIZES_MIB})  # type: ignore[misc]
+        found = medians({f"{size} MiB": partial(step, size) for size in SIZES_MIB})
     finally:
         layout._BAND_BYTES["cpu"] = used
     reference = found[f"{used // 2**20} MiB"]
@@ -69,8 +70,8 @@ def products() -> list[Row]:
         kernel = weight[:, :, None, None]
         found = medians(
             {
-                "BLAS": lambda x=x, weight=weight: F.linear(x, weight),  # type: ignore[misc]
-                "oneDNN": lambda as_map=as_map, kernel=kernel: F.conv2d(as_map, kernel),  # type: ignore[misc]
+                "BLAS": partial(F.linear, x, weight),
+                "oneDNN": partial(F.conv2d, as_map, kernel),
             }
         )
         rows += [

@@ -9,7 +9,7 @@ from typing import Literal
 from memseg.cli.console import progress_bar
 from memseg.errors import InputError
 from memseg.levels import NormMode, Precision
-from memseg.planning import Card, Change, ModelCosts, Plan, make_plan
+from memseg.planning import Card, Change, ModelCosts, Plan, make_plan, unsplittable
 
 Strategy = Literal["auto", "single", "split"]
 
@@ -59,8 +59,12 @@ class PlanRequest:
             strategy: "auto", "single" or "split".
 
         Raises:
+            InputError: a split is asked for of what cannot be split.
             NothingFitsError: none fits; with what would.
         """
+        # Before any profiling.
+        if strategy == "split" and (reason := unsplittable(self.norm, self.precision)):
+            raise InputError(f"{reason}; take --strategy single")
         return make_plan(
             self._own_costs,
             self.cards,

@@ -227,7 +227,8 @@ class SegmentedModel(SegmentGraph):
                 f"image sides must be multiples of {stride} (the output stride of {self.name}), "
                 f"got {size[0]}x{size[1]}; nearest is {nearest}"
             )
-        counts = any(isinstance(module, BatchNorm2d) and module.norm is NormMode.BATCH for module in self.modules())
+        norms = [module for module in self.modules() if isinstance(module, BatchNorm2d)]
+        counts = any(norm.norm is not NormMode.FROZEN for norm in norms)
         if batch is not None and counts and batch * (size[0] // stride) * (size[1] // stride) == 1:
             raise InputError(
                 f"batch statistics need more than one value per channel, and one image of {size[0]}x{size[1]} is a "

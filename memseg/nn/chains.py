@@ -111,6 +111,7 @@ def fused_kernels(enabled: bool = True) -> None:
 
 def _fused(chain: Callable[..., Any]) -> Callable[..., Any]:
     # One over the limit runs eager.
+    # The keyword is in torch.compile's documentation and not in its overloads.
     compiled = torch.compile(chain, dynamic=True, recompile_limit=_MOST_KERNELS)  # type: ignore[call-overload]
 
     def run(*arguments: Any) -> Any:

@@ -1,8 +1,4 @@
-"""A coarse map upsampled bilinearly to a fine one's size and joined to it, by bands: neither ever exists whole.
-
-Upsampling is separable: a fine row is a mixture of two coarse rows, which is then upsampled along its width. So any
-band of fine rows can be made by itself.
-"""
+"""A coarse map upsampled bilinearly to a fine one's size and joined to it, by bands: neither ever exists whole."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -16,6 +12,7 @@ from memseg.nn.autograd import wide_dtype
 from memseg.nn.banded import banded
 from memseg.nn.batch_norm import Statistics, batch_statistics, join_statistics
 from memseg.nn.layout import Band, band_limit, bands, channels_last, images, narrowed, rows
+from memseg.nn.upsample import row_sources
 
 _aten = torch.ops.aten
 
@@ -44,21 +41,12 @@ def upsample_rows(coarse: Tensor, size: tuple[int, int], start: int, stop: int) 
 
     In `wide_dtype`: rounded to half precision before they are normalised, many would change sign.
     """
-    upper, lower, weight = row_sources(coarse, size[0], start, stop)
-    source = rows(coarse)
-    between = torch.lerp(source[:, upper].to(weight.dtype), source[:, lower].to(weight.dtype), weight.view(-1, 1, 1))
-    if between.shape[2] == size[1]:
-        return images(between)
-    return F.interpolate(images(between), (stop - start, size[1]), mode="bilinear", align_corners=False)
-
-
-def row_sources(coarse: Tensor, height: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The coarse row above and below each fine row, and the weight of the one below, each (stop - start,)."""
-    fine = torch.arange(start, stop, device=coarse.device, dtype=torch.float64)
-    position = ((fine + 0.5) * (coarse.shape[2] / height) - 0.5).clamp(min=0)
-    upper = position.long()
-    lower = (upper + 1).clamp(max=coarse.shape[2] - 1)
-    return upper, lower, (position - upper).to(wide_dtype(coarse.dtype))
+    sources = row_sources(coarse.shape[2], size[0], start, stop, coarse.device)
+    source = rows(coarse[:, :, sources.read]).to(wide_dtype(coarse.dtype))
+    between = images(sources.mix(source, dim=1))
+    if between.shape[3] == size[1]:
+        return between
+    return F.interpolate(between, (stop - start, size[1]), mode="bilinear", align_corners=False)
 
 
 def read_rows(inputs: Sequence[Tensor], band: Band) -> Iterator[Tensor]:

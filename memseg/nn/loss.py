@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from memseg.nn.autograd import once_differentiable, without_autocast
 from memseg.nn.banded import banded
 from memseg.nn.layout import band_limit
+from memseg.nn.upsample import row_sources
 
 IGNORE_INDEX = 255
 """The label of an unlabelled pixel, as in Cityscapes' trainIds; fits the uint8 target."""
@@ -113,37 +114,25 @@ def upsample_rows(coarse: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
     In float32 where `coarse` is in half precision. Beside the result there are, for a while, its rows at width w.
     """
     batch, classes, height, width = coarse.shape
-    read, position = _source_rows(height, size[0], rows, coarse.device)
-    source = coarse[:, :, read].to(_working_dtype(coarse), memory_format=torch.contiguous_format)
-    upper = position.long()
-    lower = (upper + 1).clamp_(max=read.stop - read.start - 1)
-    share = (position - upper).to(source.dtype).unsqueeze(1)
-    between = source.index_select(2, upper).lerp_(source.index_select(2, lower), share)
-    flat = between.view(batch, classes * len(position), width)
-    return F.interpolate(flat, size[1], mode="linear").view(batch, classes, len(position), size[1])
+    sources = row_sources(height, size[0], rows.start, rows.stop, coarse.device)
+    source = coarse[:, :, sources.read].to(_working_dtype(coarse), memory_format=torch.contiguous_format)
+    between = sources.mix(source, dim=2)
+    fine = between.shape[2]
+    flat = between.view(batch, classes * fine, width)
+    return F.interpolate(flat, size[1], mode="linear").view(batch, classes, fine, size[1])
 
 
 def _add_row_gradient(grad_coarse: Tensor, grad_rows: Tensor, height: int, rows: slice) -> None:
     """Add to the coarse gradient (K, h, w) what the upsampled rows (K, len(rows), W) hand back, of `height` in all."""
     classes, coarse_height, coarse_width = grad_coarse.shape
-    read, position = _source_rows(coarse_height, height, rows, grad_rows.device)
-    coarse_rows = torch.arange(read.stop - read.start, device=position.device).unsqueeze(1)
-    # A coarse row's share falls from 1 at its own place to 0 at the next. Down first: then there is less to go across.
-    shares = (1 - (position - coarse_rows).abs_()).clamp_(min=0).to(grad_rows.dtype)
+    sources = row_sources(coarse_height, height, rows.start, rows.stop, grad_rows.device)
+    # Down first: then there is less to go across.
+    shares = sources.shares(grad_rows.dtype)
     across = (shares @ grad_rows).view(1, -1, grad_rows.shape[2])
     grad_read = torch.ops.aten.upsample_linear1d_backward(
         across, [across.shape[2]], [1, across.shape[1], coarse_width], False, None
     )
-    grad_coarse[:, read].add_(grad_read.view(classes, -1, coarse_width))
-
-
-def _source_rows(coarse_height: int, height: int, rows: slice, device: torch.device) -> tuple[slice, Tensor]:
-    """The coarse rows that fine rows are made of, and each fine row's place among them, in rows from the first."""
-    ratio = coarse_height / height
-    first, last = (int(max((row + 0.5) * ratio - 0.5, 0)) for row in (rows.start, rows.stop - 1))
-    fine = torch.arange(rows.start, rows.stop, device=device, dtype=torch.float64)
-    position = ((fine + 0.5) * ratio - 0.5).clamp_(0, coarse_height - 1)
-    return slice(first, min(last + 2, coarse_height)), position - first
+    grad_coarse[:, sources.read].add_(grad_read.view(classes, -1, coarse_width))
 
 
 def _working_dtype(logits: Tensor) -> torch.dtype:

@@ -4,7 +4,7 @@ from memseg.planning.advice import Change, NothingFitsError, infeasible_json
 from memseg.planning.cards import Card, known_cards, load_card, parse_cards
 from memseg.planning.costs import IMAGES, LOSS, TARGET, LevelCost, ModelCosts, SegmentCost, Work
 from memseg.planning.memory import Category, Moment, Peak, Stage
-from memseg.planning.plan import Alternative, CardPlan, PlacedSegment, Plan, load_plan, save_plan
+from memseg.planning.plan import Alternative, CardPlan, PlacedSegment, Plan, load_plan, save_plan, unsplittable
 from memseg.planning.planner import make_plan
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "make_plan",
     "parse_cards",
     "save_plan",
+    "unsplittable",
 ]

@@ -108,6 +108,8 @@ class Plan(StrictModel):
     @model_validator(mode="after")
     def _check_placement(self) -> "Plan":
         problems = _placement_problems(self.strategy, self.cards)
+        if self.strategy == "split" and (reason := unsplittable(self.norm, self.precision)):
+            problems.append(reason)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -187,6 +189,15 @@ class Plan(StrictModel):
                 f"the plan was made for {'; for '.join(differences)}; make a new one: {shlex.join(command)}, "
                 f"or train with --cards {shlex.quote(cards)} and no --plan"
             )
+
+
+def unsplittable(norm: NormMode, precision: Precision) -> str | None:
+    """Why a model that trains so cannot be split over cards; None where it can."""
+    if norm is NormMode.SYNCED:
+        return "synced norms share statistics between replicas, of which a split has none"
+    if precision.is_half:
+        return f"a split computes in float32 or float64, got {precision}"
+    return None
 
 
 def load_plan(path: Path) -> Plan:

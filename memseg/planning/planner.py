@@ -4,11 +4,10 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from memseg.errors import InputError
-from memseg.levels import NormMode
 from memseg.planning.advice import Change, NothingFitsError, find_advice
 from memseg.planning.cards import Card
 from memseg.planning.costs import ModelCosts
-from memseg.planning.plan import Alternative, CardPlan, PlacedSegment, Plan
+from memseg.planning.plan import Alternative, CardPlan, PlacedSegment, Plan, unsplittable
 from memseg.planning.strategies import MOST_ORDERS, PlacedStage, Placement, Placer, num_orders
 
 
@@ -48,7 +47,7 @@ def make_plan(
 def _check(costs: ModelCosts, cards: Sequence[Card], strategy: str) -> None:
     if not cards:
         raise InputError("a plan needs at least one card; try cpu:8GiB")
-    if strategy == "split" and (reason := _unsplittable(costs)):
+    if strategy == "split" and (reason := unsplittable(costs.norm, costs.precision)):
         raise InputError(f"{reason}; take strategy single")
     if strategy == "split" and len(cards) < 2:
         raise InputError(f"a split needs at least two cards, got {cards[0].name}; name it twice if there are two of it")
@@ -63,21 +62,12 @@ def _check(costs: ModelCosts, cards: Sequence[Card], strategy: str) -> None:
         )
 
 
-def _unsplittable(costs: ModelCosts) -> str | None:
-    """Why a model cannot be split, or None where it can."""
-    if costs.norm is NormMode.SYNCED:
-        return "synced norms share statistics between replicas, of which a split has none"
-    if costs.precision.is_half:
-        return f"a split computes in float32 or float64, got {costs.precision}"
-    return None
-
-
 def _placements(placer: Placer, cards: Sequence[Card], strategy: str) -> list[Placement]:
     """All that fit, the fastest first."""
     placements: list[Placement | None] = []
     if strategy != "split":
         placements += [placer.single(card) for card in dict.fromkeys(cards)]
-    if strategy != "single" and len(cards) > 1 and not _unsplittable(placer.costs):
+    if strategy != "single" and len(cards) > 1 and not unsplittable(placer.costs.norm, placer.costs.precision):
         placements.append(placer.split(cards))
     return sorted((found for found in placements if found), key=lambda placement: placement.step_seconds)
 
@@ -87,7 +77,7 @@ def _closest(placer: Placer, cards: Sequence[Card], strategy: str) -> Placement:
     placements: list[Placement | None] = []
     if strategy != "split":
         placements += [placer.closest_single(card) for card in dict.fromkeys(cards)]
-    if strategy != "single" and len(cards) > 1 and not _unsplittable(placer.costs):
+    if strategy != "single" and len(cards) > 1 and not unsplittable(placer.costs.norm, placer.costs.precision):
         placements.append(placer.closest_split(cards))
     return min((p for p in placements if p), key=lambda placement: placement.worst_stage.shortfall_bytes)
 

@@ -65,12 +65,12 @@ class ConvolutionShape:
         width = _blocked(self.in_channels)
         return _per_thread_bytes() + self._weight_bytes(self.out_channels) // self.in_channels * width
 
-    def of_weight_bytes(self, device: str) -> int:
-        """Of the gradient of the weight, beside it."""
+    def of_weight_bytes(self, device: str) -> tuple[int, int]:
+        """Of the gradient of the weight: before it is there, and beside it."""
         if device != "cpu":
-            return self._winograd_bytes()
+            return 0, self._winograd_bytes()
         if self.is_product:
-            return 0
+            return 0, 0
         width = self.in_channels if self.in_channels <= 3 else _blocked(self.in_channels)
         blocked = self._weight_bytes(_blocked(self.out_channels)) // self.in_channels * width
         # Threads share out the gradient of a weight and add their parts: one more copy of it.
@@ -78,7 +78,7 @@ class ConvolutionShape:
         if self.dtype in HALF_DTYPES:
             maps = self.in_pixels * self.in_channels + self.out_pixels * self.out_channels
             parts = 2 * blocked + maps * self.dtype.itemsize // self.images
-        return blocked + max(parts, self._weight_bytes(self.out_channels))
+        return blocked + parts, blocked + self._weight_bytes(self.out_channels)
 
     @property
     def is_product(self) -> bool:
@@ -115,11 +115,14 @@ def convolution_workspace(func: Any, args: tuple[Any, ...], device: str) -> list
     if packet is _aten.convolution_backward:
         grad, x, weight, stride = args[0], args[1], args[2], args[4]
         shape = _shape(x, weight, stride, grad.numel() // grad.shape[1])
-        wants_input = args[10][0]
+        wants_input, wants_weight, _ = args[10]
         if device != "cpu" or _is_channels_last(x):
             copied = _copied_weight_bytes(weight, shape, device)
             of_input = Transient(1, copied + shape.of_input_bytes(device) if wants_input else 0)
-            return _nonzero(of_input, Transient(1 + wants_input, copied + shape.of_weight_bytes(device)))
+            of_weight = shape.of_weight_bytes(device) if wants_weight else (0, 0)
+            before, beside = (copied + size if size else 0 for size in of_weight)
+            made = int(wants_input)
+            return _nonzero(of_input, Transient(made, before), Transient(made + 1, beside))
         if shape.is_product or x.dtype != torch.float32:
             return []
         return _backward_cpu(grad, x, weight, wants_input=wants_input)

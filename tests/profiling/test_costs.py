@@ -55,6 +55,7 @@ def test_rebuilding_more_never_needs_more_and_always_costs_work(norm):
             if segment.name in ("transition1", "transition2", "transition3"):
                 # Pooled before it is projected: a quarter of the products.
                 assert 4 * level.forward.flops == plain.forward.flops
+                assert 4 * level.backward.flops == plain.backward.flops
                 continue
             assert level.forward.flops == plain.forward.flops
             assert level.backward.flops >= plain.backward.flops

@@ -28,8 +28,10 @@ def test_the_predicted_peak_is_the_measured_one(level, norm):
     build = partial(build_model, MINI, norm=norm)
     predicted = profile_step(build, image=IMAGE, batch=BATCH, recompute=level).timeline.peak_allocated_bytes
     measured = measure_step(build, image=IMAGE, batch=BATCH, recompute=level)
-    # A segment that is rebuilt whole keeps the state of random numbers too: 5 KiB, which fake tensors do not see.
-    assert predicted == pytest.approx(measured, rel=0.002)
+    # Each of the five blocks and the context, rebuilt whole, keeps the state of random numbers: fake tensors have none.
+    if level is Recompute.SEGMENT:
+        predicted += 6 * torch.get_rng_state().nbytes
+    assert abs(predicted - measured) <= 256
 
 
 def test_levels_may_differ_by_segment():

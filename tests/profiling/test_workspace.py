@@ -41,6 +41,8 @@ def test_backward_is_exact_but_for_one_copy_of_the_weight(rows):
     for row in rows:
         error = row["backward_measured_bytes"] - row["backward_predicted_bytes"]
         assert -row["blocked_weight_bytes"] <= error <= BARRIERS_BYTES, row["name"]
+        if row["name"].endswith("channels-last"):
+            assert abs(error) <= BARRIERS_BYTES, row["name"]
 
 
 def test_a_gpu_transforms_3x3_tiles():
