@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from memseg.levels import NormMode
-from memseg.nn.autograd import once_differentiable, refuse_scripting, wide_dtype
+from memseg.nn.autograd import HALF_DTYPES, once_differentiable, refuse_scripting, wide_dtype
 
 _aten = torch.ops.aten
 _paused: ContextVar[bool] = ContextVar("memseg_statistics_paused", default=False)
@@ -47,7 +47,7 @@ class Statistics(NamedTuple):
 def batch_statistics(x: Tensor) -> Statistics:
     """Of the channels of (N, C, H, W), in float32 or better; of one value the variance is 0."""
     running: tuple[Tensor | None, Tensor | None] = (None, None)
-    if x.dtype in (torch.float16, torch.bfloat16):
+    if x.dtype in HALF_DTYPES:
         # With running statistics in float32, which a momentum of 0 leaves alone, torch accumulates in float32.
         zeros = x.new_zeros(x.shape[1], dtype=torch.float32)
         running = (zeros, zeros.clone())
@@ -82,7 +82,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         norm: `batch` behaves as torch's. `frozen` normalises with the running statistics, in training too, and its
             affine takes no gradient; it stays so after `.train()`. `synced` normalises with the statistics of all
             replicas of a process group; their batches may differ in size. Gradients of the affine stay local, as in
-            torch's SyncBatchNorm: DistributedDataParallel sums them.
+            torch's SyncBatchNorm: DistributedDataParallel averages them.
         eps: Added to the variance.
         momentum: Weight of the newest batch in the running statistics.
 

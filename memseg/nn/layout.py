@@ -19,8 +19,8 @@ from torch import Tensor
 CHANNELS_LAST = torch.channels_last
 
 _BAND_BYTES = {"cpu": 4 * 2**20}
-"""Of one band's normalised map. On 2 cores of a Zen 4 with 1 MiB of L2 each and 32 MiB of L3, 3x3 convolutions and
-matrix products over bands of 2 to 8 MiB ran at nearly the rate of whole maps, over 1 MiB up to half slower
+"""Of one band's normalised map. On 2 cores of a Zen 4 with 1 MiB of L2 each and 32 MiB of L3, a dense block over bands
+of 4 to 64 MiB took the same time but for a few percent, over bands of 1 MiB half again as long
 (`python -m benchmarks.bands`)."""
 _BAND_BYTES_ELSEWHERE = 64 * 2**20
 """Small beside any card."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memseg.nn.autograd import once_differentiable, without_autocast
+from memseg.nn.autograd import once_differentiable, wide_dtype, without_autocast
 from memseg.nn.banded import banded
 from memseg.nn.layout import band_limit
 from memseg.nn.upsample import row_sources
@@ -87,7 +87,7 @@ def banded_cross_entropy(
         raise ValueError(f"label_smoothing must be within 0..1, got {label_smoothing}")
     if weight is not None:
         _check_weight(weight, logits.shape[1])
-        weight = weight.detach().to(logits.device, _working_dtype(logits))
+        weight = weight.detach().to(logits.device, wide_dtype(logits.dtype))
     return cast(Tensor, _BandedCrossEntropy.apply(logits, target, _Terms(ignore_index, weight, label_smoothing)))
 
 
@@ -115,7 +115,7 @@ def upsample_rows(coarse: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
     """
     batch, classes, height, width = coarse.shape
     sources = row_sources(height, size[0], rows.start, rows.stop, coarse.device)
-    source = coarse[:, :, sources.read].to(_working_dtype(coarse), memory_format=torch.contiguous_format)
+    source = coarse[:, :, sources.read].to(wide_dtype(coarse.dtype), memory_format=torch.contiguous_format)
     between = sources.mix(source, dim=2)
     fine = between.shape[2]
     flat = between.view(batch, classes * fine, width)
@@ -133,10 +133,6 @@ def _add_row_gradient(grad_coarse: Tensor, grad_rows: Tensor, height: int, rows:
         across, [across.shape[2]], [1, across.shape[1], coarse_width], False, None
     )
     grad_coarse[:, sources.read].add_(grad_read.view(classes, -1, coarse_width))
-
-
-def _working_dtype(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _sums_and_gradient(band: Tensor, target: Tensor, terms: _Terms) -> Tensor:
@@ -183,7 +179,7 @@ def _spread(terms: _Terms, band: Tensor) -> Tensor | None:
 
 
 def _bands_of(logits: Tensor, target: Tensor) -> list[slice]:
-    row_bytes = target.shape[2] * (logits.shape[1] * _working_dtype(logits).itemsize + _PIXEL_BYTES)
+    row_bytes = target.shape[2] * (logits.shape[1] * wide_dtype(logits.dtype).itemsize + _PIXEL_BYTES)
     return bands(target.shape[1], row_bytes, band_limit(logits))
 
 
@@ -198,7 +194,7 @@ def _narrow(
 @banded(
     mutates=["grad"],
     narrow=_narrow,
-    fake=lambda logits, *_: logits.new_empty(2, dtype=_working_dtype(logits)),
+    fake=lambda logits, *_: logits.new_empty(2, dtype=wide_dtype(logits.dtype)),
 )
 def cross_entropy_sums(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignored: int, smoothing: float, grad: Tensor
@@ -209,7 +205,7 @@ def cross_entropy_sums(
     """
     terms = _Terms(ignored, weight, smoothing)
     height, width = target.shape[1:]
-    sums = logits.new_zeros(2, dtype=_working_dtype(logits))
+    sums = logits.new_zeros(2, dtype=wide_dtype(logits.dtype))
     for image in range(len(logits)):
         for rows in _bands_of(logits, target):
             band = upsample_rows(logits[image : image + 1], (height, width), rows).squeeze(0)
@@ -223,7 +219,7 @@ def cross_entropy_sums(
 class _BandedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, terms: _Terms) -> Tensor:
-        dtype, wanted = _working_dtype(logits), ctx.needs_input_grad[0]
+        dtype, wanted = wide_dtype(logits.dtype), ctx.needs_input_grad[0]
         grad = torch.zeros_like(logits if wanted else logits[:0], dtype=dtype)
         with without_autocast(logits.device.type):
             sums = cross_entropy_sums(logits, target, terms.weight, terms.ignore_index, terms.smoothing, grad)

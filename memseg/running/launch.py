@@ -12,8 +12,8 @@ from torch.distributed.run import get_args_parser, run
 
 _MMAP_THRESHOLD_BYTES = 16 * 2**20
 """Tensors from here on get pages of their own, which go back to the system when they are freed; the bands that layers
-walk over are smaller, and come from the heap again and again. By default the heap
-keeps what was freed, up to 32 MiB apiece: measured, 2.9 GiB of slack after a step whose peak was 3.2 GiB."""
+walk over are smaller, and come from the heap again and again. By default the heap keeps what was freed, up to 32 MiB
+apiece."""
 
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""

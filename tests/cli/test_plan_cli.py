@@ -66,3 +66,15 @@ def test_bad_input_is_refused_in_one_message(arguments, told, capsys):
     assert printed.out == ""
     assert printed.err.rpartition("memseg plan: ")[2].count("\n") == 1
     assert told in printed.err
+
+
+@pytest.mark.parametrize("option", [("--precision", "bfloat16"), ("--norm", "synced")])
+def test_a_split_that_cannot_be_is_refused_before_anything_is_profiled(option, capsys, monkeypatch):
+    monkeypatch.setattr("memseg.profiling.costs.model_costs", lambda *_, **__: pytest.fail("it was profiled"))
+    split = ["--cards", "cpu:4GiB,cpu:4GiB", "--strategy", "split"]
+    assert main(["plan", MINI, "--image", "64x128", "--batch", "2", *option, *split]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("memseg plan: ")
+    assert printed.err.endswith("; take --strategy single\n")
+    assert printed.err.count("\n") == 1

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ def damaged() -> list[tuple[str, str]]:
         (plan_json(strategy="split", cards=bare_loss), "cpu:12GiB: the loss must share a card with the segment before"),
         (plan_json(cards=[cards[0] | {"predicted_peak_bytes": 2**60}]), "does not fit"),
         (plan_json(strategy="split"), "strategy split cannot have 1 card"),
+        (plan_json(strategy="split", norm="synced"), "synced norms share statistics between replicas"),
+        (plan_json(strategy="split", precision="bfloat16"), "a split computes in float32 or float64, got bfloat16"),
         (plan_json(feasible=False), "no plan fits"),
         (plan_json().replace('"version": 1, ', ""), "version: missing"),
         (plan_json().replace('"batch": 2, ', "").replace('"norm"', '"nrm"'), "batch: missing"),
@@ -313,3 +316,13 @@ def test_plan_is_frozen():
     assert Plan.from_json(plan.to_json(), "plan.json") == plan
     with pytest.raises(ValueError, match="frozen"):
         plan.batch = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("change", [{"norm": NormMode.SYNCED}, {"precision": Precision.FLOAT16}])
+def test_what_cannot_be_split_is_planned_on_one_card(change: dict[str, Any]):
+    costs, cards = replace(tiny(), **change), parse_cards("cpu:4GiB,cpu:4.5GiB")
+    plan = make_plan(costs, cards)
+    assert plan.strategy == "single"
+    assert {other.strategy for other in plan.alternatives} <= {"single"}
+    with pytest.raises(InputError, match="take strategy single"):
+        make_plan(costs, cards, strategy="split")
