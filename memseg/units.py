@@ -57,6 +57,15 @@ def parse_image(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def format_image(size: tuple[int, int]) -> str:
+    """HEIGHTxWIDTH, as `parse_image` reads it.
+
+    >>> format_image((1024, 2048))
+    '1024x2048'
+    """
+    return f"{size[0]}x{size[1]}"
+
+
 def format_seconds(seconds: float) -> str:
     """Seconds with the digits that matter.
 

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 def _plan_and_profile(out: Path) -> None:
     from memseg.models import build_model
     from memseg.planning import LOSS, parse_cards, save_plan
-    from memseg.profiling.step import profile_step
+    from memseg.profiling import profile_step
     from memseg.reports.memory_curve import save_memory_curve
     from memseg.reports.plan import plan_table
     from memseg.reports.profile import ProfileReport, SortKey, profile_csv, profile_view

@@ -3,24 +3,19 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memseg.cli.console import add_command, print_json, wide_console
-from memseg.errors import InputError, MemsegError, UnknownNameError
-from memseg.levels import NormMode, Precision, Recompute
-from memseg.units import format_bytes, parse_image
+from memseg.cli.profile_job import Request, add_job_options, parse_job
+from memseg.errors import InputError, MemsegError
+from memseg.units import format_bytes
 
 if TYPE_CHECKING:
-    from memseg.models import SegmentedModel
     from memseg.planning import Card
     from memseg.reports.profile import ProfileReport
-
-MOST_CLASSES = 255
-"""Labels are uint8, and 255 marks pixels that do not count."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,54 +27,58 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         summary="Show what one training step allocates, by category and by layer, without running it.",
         examples=[
             "memseg profile ladder-densenet121 --image 1024x2048 --batch 2",
-            "memseg profile ladder-densenet121 --recompute units --card gtx1070 --png curve.png",
+            "memseg profile ladder-densenet121 --recompute units --card gtx1070 --html profile.html",
             "memseg profile ladder-densenet121 --recompute block1=units,block2=norms --depth 2 --sort saved",
             "memseg profile ladder-densenet-mini --image 128x256 --batch 1 --measure",
-            "memseg profile ladder-densenet169 --card cpu:8GiB --json",
+            "memseg profile torchvision.models:vit_b_16 --image 224x224 --batch 64 --loss cross-entropy --card v100",
+            "memseg profile torchvision.models:resnet50 --image 224x224 --batch 32 --snapshot step.pickle --card a100",
             "memseg profile ladder-densenet121 --csv - > layers.csv",
         ],
     )
-    parser.add_argument("model", metavar="MODEL", help="a network that memseg models lists")
-    parser.add_argument("--image", metavar="HEIGHTxWIDTH", default="1024x2048", help="in pixels (default: 1024x2048)")
-    parser.add_argument("--batch", metavar="N", type=int, default=2, help="images in the batch (default: 2)")
-    parser.add_argument(
-        "--norm",
-        choices=[str(mode) for mode in NormMode],
-        default=str(NormMode.BATCH),
-        help="batch norm counts with the batch, is frozen, or counts with all replicas (default: batch)",
-    )
-    parser.add_argument(
-        "--recompute",
-        metavar="LEVEL",
-        default=str(Recompute.NONE),
-        help="how much is rebuilt in backward: none, norms, units or segment; or SEGMENT=LEVEL,... (default: none)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=[str(precision) for precision in Precision],
-        default=str(Precision.FLOAT32),
-        help="what the step computes in; bfloat16 and float16 are autocast (default: float32)",
-    )
-    parser.add_argument("--classes", metavar="N", type=int, default=19, help="classes of pixels (default: 19)")
-    parser.add_argument(
+    add_job_options(parser)
+    card = parser.add_argument_group("the card")
+    card.add_argument(
         "--card",
-        help="such as gtx1070 or cpu:8GiB: says whether the peak fits it; times are by its rates (default: cpu)",
+        help="such as gtx1070 or cpu:8GiB: whose kernels, allocator and rates to count, and whether the peak fits it "
+        "(default: cpu)",
     )
-    parser.add_argument(
+    card.add_argument(
+        "--allocator", metavar="SETTINGS", help="as in PYTORCH_CUDA_ALLOC_CONF, such as expandable_segments:True"
+    )
+    card.add_argument(
+        "--replicas",
+        metavar="N",
+        type=int,
+        default=1,
+        help="processes of DistributedDataParallel, whose gradient buckets and NCCL buffers are counted (default: 1)",
+    )
+    card.add_argument(
+        "--bucket-view", action="store_true", help="gradients are views of the buckets (gradient_as_bucket_view)"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--real", action="store_true", help="trace real tensors, for models that read values; takes memory and time"
+    )
+    how.add_argument(
+        "--measure", action="store_true", help="also run real steps on this CPU; takes their memory and their time"
+    )
+    shown = parser.add_argument_group("what is shown and written")
+    shown.add_argument(
         "--depth", metavar="N", type=int, default=1, help="1 for segments, 2 for the layers in them, ..."
     )
-    parser.add_argument(
+    shown.add_argument(
         "--sort",
         choices=["order", "peak", "saved", "parameters", "time"],
         default="order",
         help="order of the layers: as they run, or the largest first (default: order)",
     )
-    parser.add_argument(
-        "--measure", action="store_true", help="also run real steps on this CPU; takes their memory and their time"
+    shown.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    shown.add_argument("--csv", metavar="FILE", help="also write the table of layers; - prints it, and nothing else")
+    shown.add_argument("--png", metavar="FILE", type=Path, help="also draw memory over the step")
+    shown.add_argument("--html", metavar="FILE", type=Path, help="also write a page to explore in a browser")
+    shown.add_argument(
+        "--snapshot", metavar="FILE", type=Path, help="also write a recording for PyTorch's memory visualizer"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--csv", metavar="FILE", help="also write the table of layers; - prints it, and nothing else")
-    parser.add_argument("--png", metavar="FILE", type=Path, help="also draw memory over the step")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,72 +86,66 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UnknownNameError: no such model, segment, level or card.
-        InputError: a number or an image size that does not hold, or options that exclude each other.
+        InputError: a number or an image size that does not hold, options that exclude each other, or a model that
+            cannot be traced.
         MemsegError: the memory to measure is not there.
     """
-    image, card, levels = parse_image(args.image), _parse_card(args.card), parse_recompute(args.recompute)
+    card = _parse_card(args.card)
     _check(args, card)
+    request = parse_job(args)
 
-    from memseg.models import build_model
-    from memseg.nn.precision import parameter_dtype
-    from memseg.profiling.step import profile_step
-    from memseg.reports.profile import ProfileReport, SortKey, profile_csv, profile_object, profile_view
+    from memseg.reports.profile import SortKey, profile_csv, profile_object
+    from memseg.reports.profile_view import profile_view
 
-    norm, precision = NormMode(args.norm), Precision(args.precision)
-    dtype = parameter_dtype(precision)
-    build = partial(build_model, args.model, num_classes=args.classes, norm=norm, dtype=dtype)
-    _tell(f"tracing a step of {args.model} on tensors without memory ...")
-    profile = profile_step(
-        build, image=image, batch=args.batch, recompute=levels, precision=precision, device=card.kind
-    )
-    report = ProfileReport(profile, card, norm, levels, judge_fit=args.card is not None)
-    rows = report.rows(depth=args.depth, sort=SortKey(args.sort))
-    if args.png:
-        from memseg.reports.memory_curve import save_memory_curve
-
-        save_memory_curve(report, args.png)
+    report = _profile(args, request, card)
+    sort = SortKey(args.sort)
+    rows = report.rows(depth=args.depth, sort=sort)
+    _write_files(args, report)
     if args.csv == "-":
         sys.stdout.write(profile_csv(rows))
         return 0
     if args.csv:
         Path(args.csv).write_text(profile_csv(rows), encoding="utf-8")
     if args.measure:
-        report = _measure(report, build)
+        report = _measure(report, request)
     if args.json:
         print_json(profile_object(report, rows))
         return 0
-    wide_console().print(profile_view(report, rows))
+    wide_console().print(profile_view(report, rows, tree=sort is SortKey.ORDER))
     return 0
 
 
-def parse_recompute(text: str) -> Recompute | dict[str, Recompute]:
-    """The level of all segments, or those of the segments that are named.
+def _profile(args: argparse.Namespace, request: Request, card: "Card") -> "ProfileReport":
+    from memseg.profiling import DataParallel, trace_job
+    from memseg.profiling.allocator_settings import AllocatorSettings
+    from memseg.profiling.card_memory import card_memory
+    from memseg.reports.profile import ProfileReport
 
-    Raises:
-        UnknownNameError: not a level.
-        InputError: a segment without a level, or named twice.
-
-    >>> parse_recompute("units"), parse_recompute("block1=units, block2=norms")
-    (<Recompute.UNITS: 'units'>, {'block1': <Recompute.UNITS: 'units'>, 'block2': <Recompute.NORMS: 'norms'>})
-    """
-    if "=" not in text and "," not in text:
-        return _parse_level(text)
-    levels: dict[str, Recompute] = {}
-    for part in text.split(","):
-        name, _, level = (piece.strip() for piece in part.partition("="))
-        if not name or not level or name in levels:
-            raise InputError(
-                f"--recompute must be one level, or a level for each of some segments, each named once, got {text!r}; "
-                "try units, or block1=units,block2=norms"
-            )
-        levels[name] = _parse_level(level)
-    return levels
+    settings = AllocatorSettings.parse(args.allocator) if args.allocator else None
+    data_parallel = None
+    if args.replicas > 1:
+        data_parallel = DataParallel(args.replicas, gradient_as_bucket_view=args.bucket_view)
+    _tell(f"tracing a step of {args.model} on tensors without memory ...")
+    profile = trace_job(
+        partial(request.make, real=args.real), device=card.kind, data_parallel=data_parallel, real=args.real
+    )
+    memory = card_memory(profile, card, settings=settings, replicas=args.replicas)
+    return ProfileReport(profile, card, memory, request.settings, judge_fit=args.card is not None)
 
 
-def _parse_level(text: str) -> Recompute:
-    if text not in list(Recompute):
-        raise UnknownNameError("recompute level", text, Recompute)
-    return Recompute(text)
+def _write_files(args: argparse.Namespace, report: "ProfileReport") -> None:
+    if args.png:
+        from memseg.reports.memory_curve import save_memory_curve
+
+        save_memory_curve(report, args.png)
+    if args.html:
+        from memseg.reports.page import save_profile_page
+
+        save_profile_page(report, args.html)
+    if args.snapshot:
+        from memseg.reports.recording import save_recording
+
+        save_recording(report, args.snapshot, settings=args.allocator)
 
 
 def _parse_card(text: str | None) -> "Card":
@@ -165,11 +158,10 @@ def _parse_card(text: str | None) -> "Card":
 
 
 def _check(args: argparse.Namespace, card: "Card") -> None:
-    """Refuse numbers that are too small or large, and options that exclude each other."""
-    for name, most in (("batch", None), ("depth", None), ("classes", MOST_CLASSES)):
-        value = getattr(args, name)
-        if value < 1 or (most and value > most):
-            raise InputError(f"--{name} must be {f'from 1 to {most}' if most else 'at least 1'}, got {value}")
+    """Refuse numbers that are too small, and options that exclude each other."""
+    for name in ("depth", "replicas"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.csv == "-" and (args.json or args.measure):
         raise InputError(
             "--csv - leaves standard output to the table of layers, so neither --json nor --measure go with it; "
@@ -177,9 +169,14 @@ def _check(args: argparse.Namespace, card: "Card") -> None:
         )
     if args.measure and card.kind != "cpu":
         raise InputError(f"--measure runs on this CPU, so --card must be a cpu card, got {card.name}; try cpu")
+    if card.kind == "cpu" and (args.allocator or args.snapshot):
+        option = "--allocator" if args.allocator else "--snapshot"
+        raise InputError(f"{option} is about CUDA's allocator, so --card must be a CUDA card, got {card.name}; try v100")
+    if args.bucket_view and args.replicas == 1:
+        raise InputError("--bucket-view is about replicas, of which there is one; try --replicas 2")
 
 
-def _measure(report: "ProfileReport", build: "Callable[[], SegmentedModel]") -> "ProfileReport":
+def _measure(report: "ProfileReport", request: Request) -> "ProfileReport":
     """The report with the peak of real steps.
 
     Raises:
@@ -187,19 +184,12 @@ def _measure(report: "ProfileReport", build: "Callable[[], SegmentedModel]") -> 
     """
     # torch's profiler, which counts the allocations, would log its progress; whoever wants that says so.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    from memseg.profiling.measure import measure_step
+    from memseg.profiling import measure_job
 
-    profile = report.profile
-    predicted = profile.timeline.peak_allocated_bytes
+    predicted = report.timeline.peak_allocated_bytes
     _tell(f"measuring real steps, which take {format_bytes(predicted)} and more ...")
     try:
-        measured = measure_step(
-            build,
-            image=profile.image,
-            batch=profile.batch,
-            recompute=report.recompute,
-            precision=profile.precision,
-        )
+        measured = measure_job(partial(request.make, real=True))
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise

@@ -1,14 +1,8 @@
-"""What training minimises, and one step of it: the same step whether it is traced, measured or trained."""
+"""What training minimises."""
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor, nn
 
-from memseg.levels import Precision
-from memseg.models.segmented import SegmentedModel
 from memseg.nn import IGNORE_INDEX, banded_cross_entropy
-from memseg.nn.precision import computing
 
 
 class Objective(nn.Module):
@@ -39,38 +33,3 @@ class Objective(nn.Module):
             weight = self.aux_weight / len(auxiliary)
             total = total + weight * banded_cross_entropy(logits, target, ignore_index=self.ignore_index)
         return total
-
-
-def training_step(
-    model: SegmentedModel,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    target: Tensor,
-    *,
-    precision: Precision = Precision.FLOAT32,
-    begin: Callable[[str], None] = lambda phase: None,
-) -> Tensor:
-    """Forward, loss, backward, update.
-
-    Args:
-        model: In training mode.
-        objective: Of its coarse outputs.
-        optimizer: Of its parameters.
-        images: (N, 3, H, W).
-        target: (N, H, W), uint8 or int64.
-        precision: To compute in; the model's parameters have its `parameter_dtype`.
-        begin: Called with "forward", "backward" and "optimizer" as each begins.
-
-    Returns:
-        The loss, a scalar without a graph.
-    """
-    begin("forward")
-    optimizer.zero_grad(set_to_none=True)
-    with computing(precision, images.device.type):
-        loss: Tensor = objective(*model.coarse_outputs(images), target)
-    begin("backward")
-    loss.backward()  # type: ignore[no-untyped-call]
-    begin("optimizer")
-    optimizer.step()
-    return loss.detach()

@@ -26,6 +26,7 @@ from pydantic import Field, ValidationError
 
 from memseg.errors import InputError, ProblemsError, UnknownNameError
 from memseg.planning.costs import Work
+from memseg.planning.roofline import ProductKind, products_seconds
 from memseg.planning.strict import StrictModel, field_names, problem_lines
 from memseg.resources import shipped_folder
 from memseg.units import format_bytes, parse_bytes
@@ -57,15 +58,50 @@ class Card:
     """As in CUDA's documentation, "6.1"; None for a cpu card."""
     sources: Mapping[str, str] = field(compare=False, repr=False)
     """Where each figure comes from, by its name in the profile."""
+    convolution_flops: float | None = None
+    """Of float32 convolutions, where they run at another rate than float32 matrix products; on a card with TF32, in
+    TF32, as torch does by default."""
+    half_flops: float | None = None
+    """Of bfloat16 and float16 products, summed in float32; None where they run no faster than in float32."""
+    overhead_s: float = 0.0
+    """Seconds that each operation takes beside its arithmetic and its traffic."""
 
     @property
     def available_bytes(self) -> int:
         """What a prediction may fill."""
         return self.capacity_bytes - self.reserve_bytes
 
+    def flops_of(self, kind: ProductKind) -> float:
+        """Peak operations per second of one kind of products.
+
+        bfloat16 needs compute capability 8.0; before, it runs at the rate of float32. float64 is taken at half that
+        rate, as on CPUs and on cards for data centres; on other cards it is slower.
+        """
+        match kind:
+            case ProductKind.CONVOLUTION:
+                return self.convolution_flops or self.flops
+            case ProductKind.FLOAT16:
+                return self.half_flops or self.flops
+            case ProductKind.BFLOAT16:
+                return self.half_flops or self.flops if self._has_bfloat16 else self.flops
+            case ProductKind.FLOAT64:
+                return self.flops / 2
+            case ProductKind.MATRIX:
+                return self.flops
+
     def seconds(self, work: Work) -> float:
-        """Predicted time of `work`: products at the one rate, everything else at the other, one after the other."""
-        return (work.flops / self.flops + work.moved_bytes / self.bandwidth) / self.efficiency
+        """Predicted time of `work`, one operation after the other (`memseg.planning.roofline`).
+
+        The seconds of a sum are the sum of the seconds.
+        """
+        products = products_seconds(work.products, self.flops_of, self.bandwidth)
+        other_flops = work.flops - sum(one.flops for one in work.products)
+        at_peak = products + other_flops / self.flops + work.moved_bytes / self.bandwidth
+        return at_peak / self.efficiency + work.operations * self.overhead_s
+
+    @property
+    def _has_bfloat16(self) -> bool:
+        return self.compute_capability is None or parse_capability(self.compute_capability) >= (8, 0)
 
 
 class _Figure(StrictModel):
@@ -90,6 +126,9 @@ class _Profile(StrictModel):
     link: _Figure
     efficiency: _Fraction
     compute_capability: _Figure | None = None
+    convolution_flops: _Figure | None = None
+    half_flops: _Figure | None = None
+    overhead: _Figure | None = None
 
 
 def known_cards() -> tuple[Card, ...]:
@@ -175,8 +214,12 @@ def _card_of(profile: _Profile, path: Path, name: str) -> Card:
     problems: list[str] = []
 
     def figure(key: str, parse: Callable[[str], Value], fallback: Value) -> Value:
+        """What a figure says; `fallback` if it is left out, or cannot be read, which is a problem."""
+        written = getattr(profile, key)
+        if written is None:
+            return fallback
         try:
-            return parse(getattr(profile, key).value)
+            return parse(written.value)
         except InputError as error:
             problems.append(f"{key}.value: {error}")
             return fallback
@@ -185,6 +228,7 @@ def _card_of(profile: _Profile, path: Path, name: str) -> Card:
     if (profile.kind == "cuda") != (capability is not None):
         needed = "needs one, as in CUDA's documentation" if profile.kind == "cuda" else "has none"
         problems.append(f"compute_capability: a {profile.kind} card {needed}")
+    figure("compute_capability", parse_capability, (0, 0))
     card = Card(
         name=name,
         title=profile.title,
@@ -197,12 +241,27 @@ def _card_of(profile: _Profile, path: Path, name: str) -> Card:
         efficiency=profile.efficiency.value,
         compute_capability=capability.value if capability else None,
         sources={key: value.source for key, value in profile if isinstance(value, _Figure | _Fraction)},
+        convolution_flops=figure("convolution_flops", _parse_flops, None),
+        half_flops=figure("half_flops", _parse_flops, None),
+        overhead_s=figure("overhead", _parse_duration, 0.0),
     )
     if not problems and card.available_bytes <= 0:
         problems.append("reserve.value: must be smaller than the capacity")
     if problems:
         raise ProblemsError(str(path), problems)
     return card
+
+
+def parse_capability(text: str) -> tuple[int, int]:
+    """CUDA's compute capability as numbers that compare.
+
+    >>> parse_capability("8.6") < parse_capability("12.0")
+    True
+    """
+    match = re.fullmatch(r"\s*([0-9]+)\.([0-9]+)\s*", text)
+    if not match:
+        raise InputError(f"a compute capability must be MAJOR.MINOR, got {text!r}; try 8.6")
+    return int(match[1]), int(match[2])
 
 
 def _parse_flops(text: str) -> float:
@@ -227,3 +286,15 @@ def _parse_rate(text: str) -> float:
     if not slash or unit.strip() != "s":
         raise InputError(f"a rate must be a size per second, got {text!r}; try 256 GB/s")
     return float(parse_bytes(size))
+
+
+def _parse_duration(text: str) -> float:
+    """Seconds.
+
+    >>> _parse_duration("5 us")
+    5e-06
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(us|ms)\s*", text)
+    if not match:
+        raise InputError(f"a duration must be a number of us (microseconds) or ms, got {text!r}; try 5 us")
+    return float(match[1]) / {"us": 1e6, "ms": 1e3}[match[2]]

@@ -21,6 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from memseg.errors import ProblemsError
 from memseg.levels import NormMode, Precision, Recompute
+from memseg.planning.roofline import Products, merged
 from memseg.planning.strict import problem_lines
 
 IMAGES = "images"
@@ -43,9 +44,19 @@ class Work:
     """Of matrix products and convolutions; a multiply-add counts two."""
     moved_bytes: int
     """Read and written by all other operations."""
+    operations: int = 0
+    """Kernels started, products among them."""
+    products: tuple[Products, ...] = ()
+    """The same `flops` by kind and arithmetic intensity. What is not in here is taken for float32 matrix products that
+    never wait for memory."""
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.moved_bytes + other.moved_bytes)
+        return Work(
+            self.flops + other.flops,
+            self.moved_bytes + other.moved_bytes,
+            self.operations + other.operations,
+            merged(self.products + other.products) if self.products and other.products else self.products or other.products,
+        )
 
 
 @dataclass(frozen=True)

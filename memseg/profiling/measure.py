@@ -6,17 +6,14 @@ back (oneDNN's scratch, the heap's slack) is not in it.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from memseg.levels import Precision, Recompute
-from memseg.models.objective import Objective, training_step
-from memseg.models.segmented import SegmentedModel
-from memseg.profiling.step import OptimizerFactory, fused_adam
+from memseg.profiling.job import Job, run_step
 
 _MEASURED_STEPS = 2
 """Optimizer state is born in the first step; the second is the steady state."""
@@ -59,32 +56,19 @@ def watch_allocator(device: torch.device | None = None) -> Iterator[AllocatorPea
         peak.peak_bytes = max(peak.peak_bytes, allocated)
 
 
-def measure_step(
-    build: Callable[[], SegmentedModel],
-    *,
-    image: tuple[int, int],
-    batch: int,
-    recompute: Recompute | Mapping[str, Recompute] = Recompute.NONE,
-    aux_weight: float = 0.3,
-    optimizer: OptimizerFactory = fused_adam,
-    precision: Precision = Precision.FLOAT32,
-) -> int:
-    """Peak bytes of real training steps on random data on the CPU, everything counted from building the model on.
+def measure_job(make: Callable[[], Job]) -> int:
+    """Peak bytes of real training steps on the CPU, everything counted from making the step on.
 
-    Arguments as for `profile_step`, whose prediction this checks. Takes the memory and the time of real steps.
+    Takes the memory and the time of real steps.
+
+    Args:
+        make: Makes the step, as for `trace_job`, whose prediction this checks.
 
     Raises:
         RuntimeError: the memory is not there.
     """
     with watch_allocator() as peak:
-        model = build().train()
-        model.check_image(image, batch=batch)
-        model.set_recompute(recompute)
-        objective = Objective(aux_weight)
-        stepper = optimizer([parameter for parameter in model.parameters() if parameter.requires_grad])
-        dtype = next(model.parameters()).dtype
-        images = torch.randn(batch, 3, *image, dtype=dtype).contiguous(memory_format=torch.channels_last)
-        target = torch.randint(model.num_classes, (batch, *image), dtype=torch.uint8)
+        job = make()
         for _ in range(_MEASURED_STEPS):
-            training_step(model, objective, stepper, images, target, precision=precision)
+            run_step(job)
     return peak.peak_bytes

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map
 
 from memseg.nn.banded import BANDED_OPERATORS
@@ -35,7 +35,7 @@ def operator_scratch(func: Any, args: tuple[Any, ...], device: str, peak_of: Pea
         return None
     key = func, device, torch.get_num_threads(), _description(args)
     if key not in _known:
-        with FakeTensorMode(), bands_of(device):
+        with unset_fake_temporarily(), bands_of(device):
             narrow = operator.narrow(*tree_map(_fake_twin, list(args)))
             made: list[Any] = []
             tensors = [leaf for leaf in tree_leaves(narrow) if isinstance(leaf, Tensor)]
@@ -47,7 +47,7 @@ def operator_scratch(func: Any, args: tuple[Any, ...], device: str, peak_of: Pea
 def _fake_twin(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 def _description(args: Any) -> tuple[Any, ...]:

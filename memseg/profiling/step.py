@@ -1,28 +1,35 @@
-"""The profile of one whole training step on one card."""
+"""The profile of one whole training step on one card.
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+A step is traced once, but told twice. Optimizer state is born when the first step ends, so the first step's forward and
+backward run without it, and its optimizer does more. What is traced is forward, backward, the optimizer of the first
+step and the optimizer of the second, in this order; first step and steady state are put together from these parts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 
+from memseg.errors import InputError, MemsegError
 from memseg.levels import Precision, Recompute
-from memseg.models.objective import Objective, training_step
-from memseg.models.segmented import SegmentedModel, SegmentGraph
 from memseg.planning.costs import Work
+from memseg.profiling.cuda_semantics import cuda_semantics, foreach_by_default
+from memseg.profiling.data_parallel import DataParallel, make_buckets
+from memseg.profiling.job import LOSS, Job, run_batch
 from memseg.profiling.timeline import Category, LayerRow, Phase, Timeline, nearest_layer
 from memseg.profiling.trace import StepTracer
 
-LOSS = "loss"
-"""The name of the objective among the layers."""
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-
-def fused_adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam in one kernel: two moments for each parameter, and no temporaries on either device."""
-    return torch.optim.Adam(parameters, lr=5e-4, fused=True)
+class UntraceableError(InputError):
+    """A model runs something that tensors without values cannot."""
 
 
 @dataclass(frozen=True)
@@ -34,30 +41,52 @@ class LayerProfile:
     backward: Work
     """Includes what is rebuilt."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it neither holds nor computes anything."""
+        return not self.row.parameter_bytes and not self.row.saved_bytes and self.forward + self.backward == Work(0, 0)
+
 
 @dataclass(frozen=True)
 class StepProfile:
     """What one training step allocates and computes."""
 
     model: str
-    image: tuple[int, int]
-    batch: int
+    inputs: tuple[str, ...]
+    """Each tensor of the batch in words, as "float32 2x3x1024x2048"."""
     timeline: Timeline
+    """Of the second and every later step."""
+    first_timeline: Timeline
+    """Of the first step, at whose end the optimizer's state is born."""
     work: Mapping[tuple[Phase, str], Work]
     """By phase and layer."""
     names: tuple[str, ...]
-    """All layers in order, "block1" before "block1.denselayer1"."""
+    """All layers in order, "block1" before "block1.denselayer1"; "" where the model itself computes."""
+    levels: Mapping[str, tuple[Recompute, ...]] = field(default_factory=dict)
+    """Of each segment, the recompute levels that it has."""
+    device: str = "cpu"
+    """"cpu" or "cuda": whose kernels were counted."""
     precision: Precision = Precision.FLOAT32
+    accumulation: int = 1
 
-    def layers(self, depth: int = 1) -> list[LayerProfile]:
-        """The per-layer table: segments and the loss at depth 1, the layers inside them at greater depths."""
-        shown = [name for name in self.names if name.count(".") < depth]
-        inner = {name.rpartition(".")[0] for name in shown}
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """The most that is allocated at once, in any step."""
+        return max(self.timeline.peak_allocated_bytes, self.first_timeline.peak_allocated_bytes)
+
+    def layers(self, depth: int | None = 1) -> list[LayerProfile]:
+        """The per-layer table.
+
+        Args:
+            depth: 1 for segments (or the model's children) and the loss, more for the layers inside them, None for all.
+        """
+        shown = [name for name in self.names if depth is None or name.count(".") < depth]
+        inner = {name.rpartition(".")[0] for name in shown if name}
         # A layer whose parts are shown too keeps its line only for what is its own.
         rows = self.timeline.layers(shown)
         forward, backward = (gather(self.work, phase, shown) for phase in (Phase.FORWARD, Phase.BACKWARD))
         profiles = [LayerProfile(row, forward[row.name], backward[row.name]) for row in rows]
-        return [one for one in profiles if one.row.name not in inner or one.forward + one.backward != Work(0, 0)]
+        return [one for one in profiles if (one.row.name and one.row.name not in inner) or not one.is_empty]
 
 
 def gather(work: Mapping[tuple[Phase, str], Work], phase: Phase, names: Iterable[str]) -> dict[str, Work]:
@@ -70,56 +99,84 @@ def gather(work: Mapping[tuple[Phase, str], Work], phase: Phase, names: Iterable
     return totals
 
 
-def profile_step(
-    build: Callable[[], SegmentedModel],
-    *,
-    image: tuple[int, int],
-    batch: int,
-    recompute: Recompute | Mapping[str, Recompute] = Recompute.NONE,
-    aux_weight: float = 0.3,
-    optimizer: OptimizerFactory = fused_adam,
-    precision: Precision = Precision.FLOAT32,
-    device: str = "cpu",
+def trace_job(
+    make: Callable[[], Job], *, device: str = "cpu", data_parallel: DataParallel | None = None, real: bool = False
 ) -> StepProfile:
-    """Trace one training step in its steady state, on fake tensors: no memory is needed, and no GPU.
+    """Trace a training step, first and steady.
 
     Args:
-        build: Makes the model; called where tensors are fake.
-        image: (height, width) of the images.
-        batch: Images in the batch.
-        recompute: Of all segments, or of the named ones.
-        aux_weight: Of the objective.
-        optimizer: Makes the optimizer.
-        precision: To compute in; `build` gives the parameters its `parameter_dtype`.
-        device: "cpu" or "cuda": whose workspaces to count.
+        make: Makes the step; called where tensors are fake.
+        device: "cpu" or "cuda": whose kernels to count.
+        data_parallel: How DistributedDataParallel would hold gradients; None without it.
+        real: Run on real tensors of the CPU, which takes memory and time, instead of fake ones.
 
     Raises:
-        InputError: the model cannot take images of that size.
-        UnknownNameError: `recompute` names a segment that the model lacks.
+        UntraceableError: the step needs values that fake tensors do not have.
+        InputError: the step fails, and where.
     """
-    with FakeTensorMode():
-        model = build().train()
-        model.check_image(image, batch=batch)
-        model.set_recompute(recompute)
-        objective = Objective(aux_weight)
-        timeline, work = _trace(
-            model, objective, optimizer, image=image, batch=batch, precision=precision, device=device
-        )
-        names = tuple(name for name, _ in [*named_layers(model), (LOSS, objective)])
-        return StepProfile(model.name, image, batch, timeline, work, names, precision)
+    with nullcontext() if real else FakeTensorMode():
+        job = make()
+        tracer = StepTracer(job.layers, device=device)
+        with _telling_where(job, tracer), cuda_semantics(job.precision) if device == "cuda" else nullcontext():
+            return _trace(job, tracer, device, data_parallel)
 
 
-def named_layers(graph: SegmentGraph) -> list[tuple[str, nn.Module]]:
-    """All modules below the segments, by the names that reports use: "block1", "block1.denselayer1", ..."""
-    prefix = "segments."
-    return [(name.removeprefix(prefix), module) for name, module in graph.named_modules() if name.startswith(prefix)]
+def _trace(job: Job, tracer: StepTracer, device: str, data_parallel: DataParallel | None) -> StepProfile:
+    """The timelines are taken here, while what outlives the step is still alive."""
+    if device == "cuda" and job.optimizer is not None:
+        foreach_by_default(job.optimizer)
+    owners = list(_owners(job))
+    for name, tensors in owners:
+        tracer.know(tensors, Category.PARAMETER, name)
+    tracer.know(job.inputs, Category.INPUT)
+    buckets = make_buckets(job.model.parameters(), data_parallel) if data_parallel else []
+    tracer.know(buckets, Category.COMMUNICATION)
+    work: list[Mapping[tuple[Phase, str], Work]] = []
+    with tracer.tracing():
+        for _ in range(min(job.accumulation, 2)):
+            loss = run_batch(job, begin=tracer.begin, layer=tracer.layer)
+            work.append(dict(tracer.work))
+            tracer.work.clear()
+        for name, tensors in owners:
+            tracer.know([one.grad for one in tensors if one.grad is not None], Category.GRADIENT, name)
+        first_update = tracer.begin(Phase.OPTIMIZER)
+        if job.optimizer is not None:
+            job.optimizer.step()
+            tracer.know(optimizer_state(job.optimizer), Category.OPTIMIZER_STATE)
+            tracer.work.clear()
+        second_update = tracer.begin(Phase.OPTIMIZER)
+        if job.optimizer is not None:
+            job.optimizer.step()
+            work.append(dict(tracer.work))
+    seen = tracer.timeline()
+    del loss
+    repeated = work[:1] + work[1:2] * (job.accumulation - 1) + work[-1:] if job.accumulation > 1 else work
+    return StepProfile(
+        model=job.name,
+        inputs=tuple(_describe(tensor) for tensor in job.inputs),
+        timeline=_steady(seen, first_update, second_update),
+        first_timeline=_first(seen, second_update),
+        work=_add(repeated),
+        names=("", *(name for name, _ in job.layers), LOSS),
+        levels=job.levels,
+        device=device,
+        precision=job.precision,
+        accumulation=job.accumulation,
+    )
 
 
-def know_parameters(tracer: StepTracer, graph: SegmentGraph) -> None:
-    """Tell a tracer of the parameters and buffers of a graph, each with its layer."""
-    for name, module in named_layers(graph):
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        tracer.know(own, Category.PARAMETER, name)
+def _owners(job: Job) -> Iterator[tuple[str, list[Tensor]]]:
+    """Parameters and buffers by layer; what no named layer has is the model's own."""
+    known: set[int] = set()
+    for name, module in [*job.layers, *(("", module) for module in job.model.modules())]:
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        yield name, [tensor for tensor in tensors if id(tensor) not in known]
+        known |= {id(tensor) for tensor in tensors}
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors that an optimizer keeps from step to step."""
+    return [value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
 
 
 def create_optimizer_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -132,39 +189,66 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return [value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
+    return optimizer_state(optimizer)
 
 
-def _trace(
-    model: SegmentedModel,
-    objective: Objective,
-    make_optimizer: OptimizerFactory,
-    *,
-    image: tuple[int, int],
-    batch: int,
-    precision: Precision,
-    device: str,
-) -> tuple[Timeline, Mapping[tuple[Phase, str], Work]]:
-    """The timeline is taken here, while what outlives the step is still alive."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(parameters)
-    images = torch.empty(batch, 3, *image, dtype=parameters[0].dtype).contiguous(memory_format=torch.channels_last)
-    target = torch.empty(batch, *image, dtype=torch.uint8)
-    tracer = StepTracer([*named_layers(model), (LOSS, objective)], device=device)
-    know_parameters(tracer, model)
-    tracer.know(create_optimizer_state(optimizer), Category.OPTIMIZER_STATE)
-    tracer.know([images, target], Category.INPUT)
-    with tracer.tracing():
-        training_step(
-            model,
-            objective,
-            optimizer,
-            images,
-            target,
-            precision=precision,
-            begin=lambda phase: tracer.begin(Phase(phase)),
-        )
-    for name, module in named_layers(model):
-        own = [parameter.grad for parameter in module.parameters(recurse=False) if parameter.grad is not None]
-        tracer.know(own, Category.GRADIENT, name)
-    return tracer.timeline(), dict(tracer.work)
+def _first(seen: Timeline, second_update: int) -> Timeline:
+    allocations = [
+        replace(one, died=min(one.died, second_update)) for one in seen.allocations if one.born < second_update
+    ]
+    return Timeline(tuple(allocations), second_update, seen.backward_start)
+
+
+def _steady(seen: Timeline, first_update: int, second_update: int) -> Timeline:
+    state = [one for one in seen.allocations if one.category is Category.OPTIMIZER_STATE]
+    others = [
+        one
+        for one in seen.allocations
+        if one.category is not Category.OPTIMIZER_STATE and not first_update <= one.born < second_update
+    ]
+
+    def moved(instant: int) -> int:
+        instant = max(instant - (second_update - first_update), min(instant, first_update))
+        return len(state) + instant
+
+    end = moved(seen.instants)
+    allocations = [
+        *(replace(one, born=index, died=end, phase=Phase.SETUP) for index, one in enumerate(state)),
+        *(replace(one, born=moved(one.born), died=moved(one.died)) for one in others),
+    ]
+    return Timeline(tuple(allocations), end, moved(seen.backward_start))
+
+
+def _add(parts: Iterable[Mapping[tuple[Phase, str], Work]]) -> dict[tuple[Phase, str], Work]:
+    total: dict[tuple[Phase, str], Work] = {}
+    for part in parts:
+        for key, work in part.items():
+            total[key] = total[key] + work if key in total else work
+    return total
+
+
+def _describe(tensor: Tensor) -> str:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype} {'x'.join(map(str, tensor.shape)) or 'scalar'}"
+
+
+@contextmanager
+def _telling_where(job: Job, tracer: StepTracer) -> Iterator[None]:
+    """Turn what fails in a traced step into an error that names the layer and a way round."""
+    try:
+        yield
+    except MemsegError:
+        raise
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        raise UntraceableError(
+            f"{job.name}: {tracer.where()} runs {error.func}, whose result depends on values, which tensors without "
+            "memory lack. Take the values out of forward (compute them from shapes, or once before training), "
+            "leave the layer out, or trace a small batch on real tensors: real=True in Python, --real on the command "
+            "line"
+        ) from error
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        message = " ".join(str(error).split())
+        raise InputError(
+            f"{job.name} does not run on {', '.join(map(_describe, job.inputs))}: {tracer.where()} fails with "
+            f"{type(error).__name__}: {message[:400]}"
+        ) from error

@@ -28,6 +28,10 @@ class Category(StrEnum):
     OPTIMIZER_STATE = "optimizer state"
     INPUT = "input"
     """The batch: images and target."""
+    COMMUNICATION = "communication buffer"
+    """Gradient buckets of data parallelism, and copies on their way between cards."""
+    AUTOCAST = "autocast copy"
+    """Weights in half precision, made by autocast."""
     SAVED = "saved activation"
     """Made in forward, freed in backward or after."""
     TEMPORARY = "temporary"
@@ -47,6 +51,17 @@ class Allocation:
     category: Category
     layer: str
     """Qualified name of the module that made it; "" outside every module."""
+    operation: str = ""
+    """The operator that made it, as "aten.convolution"."""
+    shape: tuple[int, ...] = ()
+    """Of the tensor that it was made for."""
+    dtype: str = ""
+    reader: tuple[Phase, str] | None = None
+    """Phase and layer of the operation that reads it last; None where nothing reads it."""
+    output_of: tuple[str, ...] = ()
+    """Layers that return it, innermost first."""
+    card: int = 0
+    """Index of the card that it lies on."""
 
 
 @dataclass(frozen=True)

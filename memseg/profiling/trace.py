@@ -12,39 +12,68 @@ between those that were current when its module was entered and left.
 import weakref
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from memseg.planning.costs import Work
 from memseg.profiling.scratch import operator_scratch
+from memseg.profiling.shapes import run_by_shape
 from memseg.profiling.timeline import Allocation, Category, Phase, Timeline
 from memseg.profiling.workspace import Transient, convolution_workspace
 
 _aten = torch.ops.aten
+_DEVICE_OF = torch.ops.prim.device.default
 _COMPOSITE = {_aten.conv2d.default, _aten.conv2d.padding, _aten.linear.default}
 _FREE_OF_TRAFFIC = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty_strided}
 
 
-@dataclass
-class _Live:
+@dataclass(slots=True)
+class Live:
     """A storage while it is, and after it was, alive."""
 
     size_bytes: int
     born: int
     phase: Phase
     layer: str
+    operation: str = ""
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    category: Category | None = None
     died: int | None = None
     freed_in: Phase | None = None
-    category: Category | None = None
+    reader: tuple[Phase, str] | None = None
+    output_of: tuple[str, ...] = ()
+    card: int = 0
+
+    def allocation(self, end: int) -> Allocation:
+        """The value, where what is still alive dies at `end`."""
+        return Allocation(
+            self.size_bytes,
+            self.born,
+            end if self.died is None else self.died,
+            self.phase,
+            self.category or self._category(),
+            self.layer,
+            self.operation.removesuffix(".default"),
+            self.shape,
+            str(self.dtype).removeprefix("torch.") if self.dtype else "",
+            self.reader,
+            self.output_of,
+            self.card,
+        )
+
+    def _category(self) -> Category:
+        crosses = self.phase is Phase.FORWARD and self.freed_in is not Phase.FORWARD
+        return Category.SAVED if crosses else Category.TEMPORARY
 
 
 @dataclass
@@ -77,14 +106,16 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.phase = Phase.SETUP
         self.work: defaultdict[tuple[Phase, str], Work] = defaultdict(lambda: Work(0, 0))
         self._names = {module: name for name, module in modules}
-        self._lives: list[_Live] = []
-        self._by_storage: dict[int, _Live] = {}
-        self._instant = 0
+        self.lives: list[Live] = []
+        self._by_storage: dict[int, Live] = {}
+        self.instant = 0
         self._backward_start = 0
         self.allocated_bytes = 0
         self.peak_bytes = 0
         self._stack: list[str] = []
         self._spans = _LayerSpans()
+        self.card_of: Callable[[str], int] = lambda layer: 0
+        self._last = ""
 
     @contextmanager
     def tracing(self) -> Iterator["StepTracer"]:
@@ -98,17 +129,32 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             before.remove()
             after.remove()
 
-    def begin(self, phase: Phase) -> None:
-        """All that follows belongs to `phase`."""
+    @contextmanager
+    def layer(self, name: str) -> Iterator[None]:
+        """What runs inside belongs to a layer of that name, as if it were a module."""
+        self._enter(name)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def begin(self, phase: Phase) -> int:
+        """All that follows belongs to `phase`; the instant of now."""
         self.phase = phase
         if phase is Phase.BACKWARD:
-            self._backward_start = self._instant
+            self._backward_start = self.instant
+        return self.instant
 
     def know(self, tensors: Iterable[Tensor], category: Category, layer: str = "") -> None:
         """Count tensors that exist already, or name the category of ones that were seen."""
         for tensor in tensors:
-            live = self._see(tensor, layer)
+            live = self._see(tensor, layer, "")
             live.category = category
+
+    def where(self) -> str:
+        """The layer that is running, or that ran last, in words."""
+        layer = self._last
+        return f"layer {layer}" if layer else "the model itself"
 
     def is_alive(self, storage_key: int) -> bool:
         """Whether the storage of that `key` still exists."""
@@ -125,51 +171,47 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def timeline(self) -> Timeline:
         """All that was seen, until now."""
-        end = self._instant
-        return Timeline(
-            tuple(
-                Allocation(
-                    live.size_bytes,
-                    live.born,
-                    end if live.died is None else live.died,
-                    live.phase,
-                    live.category or self._category_of(live),
-                    live.layer,
-                )
-                for live in self._lives
-            ),
-            end,
-            self._backward_start,
-        )
-
-    @staticmethod
-    def _category_of(live: _Live) -> Category:
-        crosses = live.phase is Phase.FORWARD and live.freed_in is not Phase.FORWARD
-        return Category.SAVED if crosses else Category.TEMPORARY
+        end = self.instant
+        return Timeline(tuple(live.allocation(end) for live in self.lives), end, self._backward_start)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE_OF:
+            # Asked more often than anything is computed, whenever torch looks where a fake tensor lies.
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        kwargs = kwargs or {}
         if func in _COMPOSITE:
             # Below autograd's own dispatch, as in the body of a banded operator, these arrive whole.
             with self:
-                return func.decompose(*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
+                return func.decompose(*args, **kwargs)
         layer = self._layer()
-        made = _tensors(out)
-        if func.overloadpacket is _aten.native_batch_norm_backward:
-            # Fake ones are made of all three gradients, real ones of those that are wanted.
-            made = [tensor for tensor, wanted in zip(out, args[9], strict=True) if wanted]
+        name = str(func)
+        self._last = layer
+        out = run_by_shape(func, args, kwargs)
+        read, made = list(_tensors(args)), list(_tensors(out))
+        read.extend(_tensors(kwargs.values()))
+        at = self.phase, layer
+        for tensor in read:
+            live = self._by_storage.get(tensor.untyped_storage()._cdata)
+            if live is not None:
+                live.reader = at
         transients = convolution_workspace(func, args, self._device)
         scratch = operator_scratch(func, args, self._device, self._peak_of)
         if scratch is not None:
             transients.append(Transient(len(made), scratch))
         for index, tensor in enumerate(made):
-            self._allocate_briefly(transients, index, layer)
-            self._see(tensor, layer)
-        self._allocate_briefly(transients, len(made), layer)
-        self._count_work(func, args, kwargs or {}, out, layer)
+            self._allocate_briefly(transients, index, layer, name)
+            live = self._see(tensor, layer, name)
+            if func is _aten._to_copy.default and self._is_parameter(args[0]):
+                live.category = live.category or Category.AUTOCAST
+        self._allocate_briefly(transients, len(made), layer, name)
+        self._count_work(func, args, kwargs, out, [*read, *made], layer)
         return out
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        live = self._by_storage.get(tensor.untyped_storage()._cdata)
+        return live is not None and live.category is Category.PARAMETER
 
     def _peak_of(self, run: Callable[[], Any], inputs: list[Tensor]) -> int:
         tracer = StepTracer(device=self._device)
@@ -179,15 +221,24 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             run()
         return tracer.peak_bytes - before
 
-    def _see(self, tensor: Tensor, layer: str) -> _Live:
+    def _see(self, tensor: Tensor, layer: str, operation: str) -> Live:
         storage = tensor.untyped_storage()
         key = storage._cdata
         live = self._by_storage.get(key)
         if live is None:
-            live = _Live(storage.nbytes(), self._instant, self.phase, layer)
-            self._lives.append(live)
+            live = Live(
+                storage.nbytes(),
+                self.instant,
+                self.phase,
+                layer,
+                operation,
+                tuple(tensor.shape),
+                tensor.dtype,
+                card=self.card_of(layer),
+            )
+            self.lives.append(live)
             self._by_storage[key] = live
-            self._instant += 1
+            self.instant += 1
             self.allocated_bytes += live.size_bytes
             self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
             weakref.finalize(storage, self._free, key).atexit = False
@@ -195,27 +246,35 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _free(self, key: int) -> None:
         live = self._by_storage.pop(key)
-        live.died, live.freed_in = self._instant, self.phase
-        self._instant += 1
+        live.died, live.freed_in = self.instant, self.phase
+        self.instant += 1
         self.allocated_bytes -= live.size_bytes
 
-    def _allocate_briefly(self, transients: list[Transient], outputs_made: int, layer: str) -> None:
+    def _allocate_briefly(self, transients: list[Transient], outputs_made: int, layer: str, operation: str) -> None:
         for transient in transients:
             if transient.outputs_made == outputs_made and transient.size_bytes:
-                born = self._instant
-                self._lives.append(
-                    _Live(transient.size_bytes, born, self.phase, layer, born + 1, self.phase, Category.WORKSPACE)
+                live = Live(
+                    transient.size_bytes,
+                    self.instant,
+                    self.phase,
+                    layer,
+                    operation,
+                    category=Category.WORKSPACE,
+                    died=self.instant + 1,
+                    freed_in=self.phase,
+                    card=self.card_of(layer),
                 )
-                self._instant += 2
+                self.lives.append(live)
+                self.instant += 2
                 self.peak_bytes = max(self.peak_bytes, self.allocated_bytes + transient.size_bytes)
 
-    def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any, layer: str) -> None:
+    def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], layer: str) -> None:
         packet = func.overloadpacket
         flops = moved = 0
         if packet in flop_registry:
             flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
         if packet not in _FREE_OF_TRAFFIC and not func.is_view and (not flops or func.namespace != "aten"):
-            moved = sum(_size_bytes(tensor) for tensor in _tensors((args, kwargs, out)))
+            moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         self.work[self.phase, layer] += Work(flops, moved)
 
     def _layer(self) -> str:
@@ -225,11 +284,21 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._spans.find(node._sequence_nr()) if node is not None else ""
 
     def _enter_module(self, module: nn.Module, _: Any) -> None:
-        name = self._names.get(module, self._stack[-1] if self._stack else "")
+        self._enter(self._names.get(module, self._stack[-1] if self._stack else ""))
+
+    def _leave_module(self, module: nn.Module, _: Any, output: Any) -> None:
+        name = self._stack[-1]
+        for tensor in _tensors(output):
+            live = self._by_storage.get(tensor.untyped_storage()._cdata)
+            if live is not None and name not in live.output_of:
+                live.output_of += (name,)
+        self._leave()
+
+    def _enter(self, name: str) -> None:
         self._stack.append(name)
         self._spans.enter(_sequence_number(), name)
 
-    def _leave_module(self, module: nn.Module, _: Any, __: Any) -> None:
+    def _leave(self) -> None:
         self._stack.pop()
         self._spans.enter(_sequence_number(), self._stack[-1] if self._stack else "")
 
@@ -239,11 +308,14 @@ def _sequence_number() -> int:
     return number
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in what an operator takes or returns, or a module returns."""
     if isinstance(value, Tensor):
-        return [value]
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _size_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+        yield value
+    elif isinstance(value, list | tuple | ValuesView):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, Mapping):
+        yield from _tensors(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _tensors(vars(value).values())

@@ -1,32 +1,32 @@
-"""The profile of a training step as a table, an object or CSV: values in, something to show out; nothing is printed.
+"""The profile of a training step as values: for programs, for tables, for pages and pictures.
 
-A trace holds thousands of allocations. Who is out of memory asks three things of it: what the bytes of the peak are
-for, when the peak comes, and which layers to do something about. So there is one table of the peak by category and one
-of the layers, and the same numbers for programs. Times are estimates from a card's rates, not measurements: good for
-seeing where a step goes, not for comparing machines to the percent.
+A trace holds thousands of allocations. Who is out of memory asks four things of it: what the bytes of the peak are for,
+when the peak comes, which layers to do something about, and what. `ProfileReport` holds a profile with the settings it
+was made for, and answers these; `profile_view`, `memory_curve` and `page` show the answers.
+
+Times are estimates from a card's rates, not measurements: good for seeing where a step goes, not for comparing machines
+to the percent.
 """
 
 import csv
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
-from rich.bar import Bar
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from memseg.levels import NormMode, Recompute
 from memseg.planning.cards import Card
+from memseg.profiling.alive import AliveTensor, alive_at_peak
+from memseg.profiling.card_memory import CardMemory
 from memseg.profiling.step import StepProfile
 from memseg.profiling.timeline import Timeline
-from memseg.units import format_bytes, format_seconds
 
-BAR_WIDTH = 20
-"""Characters of the longest bar."""
+MODEL_ITSELF = "(model)"
+"""What the model computes outside of its layers."""
+MOST_ALIVE = 200
+"""Tensors at the peak that are told to programs; thousands of small ones add nothing."""
 
 
 class SortKey(StrEnum):
@@ -51,6 +51,10 @@ class ProfileRow:
     forward_s: float
     backward_s: float
     """With what is rebuilt."""
+    flops: int = 0
+    """Of forward and backward."""
+    moved_bytes: int = 0
+    """Read and written by forward and backward, apart from products."""
 
 
 _SORT_VALUES: Mapping[SortKey, Callable[[ProfileRow], float]] = {
@@ -69,9 +73,10 @@ class ProfileReport:
     profile: StepProfile
     card: Card
     """Whose rates the times come from."""
-    norm: NormMode
-    recompute: Recompute | Mapping[str, Recompute]
-    """Of all segments, or of the named ones."""
+    memory: CardMemory
+    """On that card."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the step was asked to be, as the JSON has it: image, batch, norm, recompute, optimizer, ..."""
     judge_fit: bool = False
     """Whether to say if the peak fits the card."""
     measured_bytes: int | None = None
@@ -79,180 +84,123 @@ class ProfileReport:
 
     @property
     def timeline(self) -> Timeline:
-        """Every allocation of the step."""
-        return self.profile.timeline
+        """Every allocation of the step that needs most: a steady one, or the first."""
+        steady, first = self.profile.timeline, self.profile.first_timeline
+        return first if first.peak_allocated_bytes > steady.peak_allocated_bytes else steady
+
+    @property
+    def is_first_step(self) -> bool:
+        """Whether the first step needs the most."""
+        return self.timeline is not self.profile.timeline
 
     @property
     def step_s(self) -> float:
         """Estimated seconds of the whole step, the optimizer's included."""
-        return sum(self.card.seconds(work) for work in self.profile.work.values())
+        return sum(self.card.seconds(work, self.profile.precision) for work in self.profile.work.values())
 
     @property
     def peak_moment(self) -> str:
         """Phase and layer of the peak, in words."""
         phase, layer = self.timeline.peak_moment
-        return f"{phase} of {layer}" if layer else f"{phase} step"
+        step = " of the first step" if self.is_first_step else ""
+        return f"{phase} of {layer}{step}" if layer else f"{phase} step"
+
+    @cached_property
+    def alive(self) -> list[AliveTensor]:
+        """What is alive at the peak, largest first."""
+        return alive_at_peak(self.timeline, self.profile.levels)
 
     def headline(self) -> str:
         """What was profiled, in one line."""
-        height, width = self.profile.image
-        levels: str = (
-            self.recompute
-            if isinstance(self.recompute, Recompute)
-            else ", ".join(f"{level} ({count})" for level, count in Counter(self.recompute.values()).most_common())
-        )
-        return (
-            f"{self.profile.model}, {height}x{width}, batch {self.profile.batch}, {self.norm} norm, "
-            f"{self.profile.precision}, recompute {levels}"
-        )
+        parts = [self.profile.model]
+        for name, value in self.settings.items():
+            match name, value:
+                case "image", _:
+                    parts.append(value)
+                case "norm", _:
+                    parts.append(f"{value} norm")
+                case "inputs", _:
+                    parts.append(", ".join(value))
+                case "recompute", Mapping():
+                    counts = Counter(value.values()).most_common()
+                    parts.append("recompute " + ", ".join(f"{level} ({count})" for level, count in counts))
+                case _:
+                    parts.append(f"{name.replace('_', ' ')} {value}")
+        return ", ".join([*parts, self.profile.precision])
 
-    def rows(self, *, depth: int = 1, sort: SortKey = SortKey.ORDER) -> list[ProfileRow]:
-        """The table of layers: segments and the loss at depth 1, the layers inside them at greater depths."""
-        rows = [
-            ProfileRow(
-                name=layer.row.name,
-                saved_bytes=layer.row.saved_bytes,
-                peak_bytes=layer.row.peak_bytes,
-                parameter_bytes=layer.row.parameter_bytes,
-                forward_s=self.card.seconds(layer.forward),
-                backward_s=self.card.seconds(layer.backward),
+    def rows(self, *, depth: int | None = 1, sort: SortKey = SortKey.ORDER) -> list[ProfileRow]:
+        """The table of layers.
+
+        Args:
+            depth: 1 for segments (or the model's children) and the loss, more for the layers inside them, None for all.
+            sort: By what.
+        """
+        rows = []
+        for layer in self.profile.layers(depth):
+            work = layer.forward + layer.backward
+            rows.append(
+                ProfileRow(
+                    name=layer.row.name or MODEL_ITSELF,
+                    saved_bytes=layer.row.saved_bytes,
+                    peak_bytes=layer.row.peak_bytes,
+                    parameter_bytes=layer.row.parameter_bytes,
+                    forward_s=self.card.seconds(layer.forward, self.profile.precision),
+                    backward_s=self.card.seconds(layer.backward, self.profile.precision),
+                    flops=work.flops,
+                    moved_bytes=work.moved_bytes,
+                )
             )
-            for layer in self.profile.layers(depth)
-        ]
         return sorted(rows, key=_SORT_VALUES[sort])
 
 
-def profile_view(report: ProfileReport, rows: Sequence[ProfileRow]) -> RenderableType:
-    """Headline, peak by category, whether it fits, what was measured, and the table of layers."""
-    peak = report.timeline.peak_allocated_bytes
-    lines = [
-        Text(report.headline()),
-        Text(f"peak {format_bytes(peak)} allocated, in {report.peak_moment}", style="bold"),
-    ]
-    if report.measured_bytes is not None:
-        lines.append(Text(measured_line(peak, report.measured_bytes)))
-    if report.judge_fit:
-        fits = peak <= report.card.available_bytes
-        lines.append(Text(fit_line(peak, report.card), style="" if fits else "bold red"))
-    notes = Text(
-        f"peak: the most that is allocated, by all, while the layer works; share: of all that is saved\n"
-        f"times: estimates from the rates that memseg cards {report.card.name} shows; "
-        f"about {format_seconds(report.step_s)} a step",
-        style="dim",
-    )
-    return Group(*lines, Text(), _categories(report), Text(), _layers(rows), Text(), notes)
-
-
-def profile_object(report: ProfileReport, rows: Sequence[ProfileRow]) -> dict[str, Any]:
+def profile_object(report: ProfileReport, rows: Iterable[ProfileRow]) -> dict[str, Any]:
     """The profile for programs: bytes are integers, times seconds."""
-    height, width = report.profile.image
-    levels = report.recompute
+    profile, memory = report.profile, report.memory
     found = {
-        "model": report.profile.model,
-        "image": f"{height}x{width}",
-        "batch": report.profile.batch,
-        "norm": str(report.norm),
-        "recompute": str(levels) if isinstance(levels, Recompute) else {name: str(levels[name]) for name in levels},
-        "precision": report.profile.precision.value,
+        "model": profile.model,
+        **report.settings,
+        "precision": profile.precision.value,
         "device": report.card.kind,
         "card": report.card.name,
-        "peak_allocated_bytes": report.timeline.peak_allocated_bytes,
+        "peak_allocated_bytes": memory.peak_allocated_bytes,
+        "peak_reserved_bytes": memory.peak_reserved_bytes,
+        "device_total_bytes": memory.device_total_bytes,
+        "peak_tensor_bytes": report.timeline.peak_allocated_bytes,
         "peak_moment": report.peak_moment,
+        "first_step_peak_bytes": profile.first_timeline.peak_allocated_bytes,
+        "steady_step_peak_bytes": profile.timeline.peak_allocated_bytes,
+        "step_seconds": report.step_s,
         "by_category": {category.replace(" ", "_"): size for category, size in report.timeline.by_category().items()},
         "layers": [asdict(row) for row in rows],
+        "alive_at_peak": [_alive_object(one) for one in report.alive[:MOST_ALIVE]],
     }
+    if memory.replay is not None:
+        found["beyond_tensors"] = {
+            "context_bytes": memory.context_bytes,
+            "nccl_bytes": memory.nccl_bytes,
+            "cublas_bytes": memory.cublas_bytes,
+            "reserved_but_not_allocated_bytes": memory.unallocated_bytes,
+            "segments": memory.replay.num_segments,
+        }
     if report.measured_bytes is not None:
         found["measured_peak_allocated_bytes"] = report.measured_bytes
     return found
 
 
+def _alive_object(one: AliveTensor) -> dict[str, Any]:
+    waits_for = None if one.waits_for is None else {"phase": str(one.waits_for[0]), "layer": one.waits_for[1]}
+    return {**asdict(one), "category": str(one.category), "shape": list(one.shape), "waits_for": waits_for}
+
+
 def profile_csv(rows: Iterable[ProfileRow]) -> str:
     """The table of layers with a header row; bytes and seconds, unrounded.
 
-    >>> print(profile_csv([ProfileRow("stem", 4096, 9000, 256, 0.5, 1.25)]), end="")
-    name,saved_bytes,peak_bytes,parameter_bytes,forward_s,backward_s
-    stem,4096,9000,256,0.5,1.25
+    >>> print(profile_csv([ProfileRow("stem", 4096, 9000, 256, 0.5, 1.25, 800, 64)]), end="")
+    name,saved_bytes,peak_bytes,parameter_bytes,forward_s,backward_s,flops,moved_bytes
+    stem,4096,9000,256,0.5,1.25,800,64
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(ProfileRow)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue()
-
-
-def fit_line(peak_bytes: int, card: Card) -> str:
-    """Whether a peak fits a card, with what is left or lacking."""
-    left = card.available_bytes - peak_bytes
-    verdict = f"fits {card.name} with {format_bytes(left)} to spare"
-    if left < 0:
-        verdict = f"does not fit {card.name}: {format_bytes(-left)} too much"
-    return (
-        f"{verdict}; it has {format_bytes(card.available_bytes)} to fill "
-        f"({format_bytes(card.capacity_bytes)} - {format_bytes(card.reserve_bytes)} reserve)"
-    )
-
-
-def measured_line(predicted_bytes: int, measured_bytes: int) -> str:
-    """The prediction beside what real steps took, with the error of the prediction.
-
-    >>> measured_line(102 * 2**20, 100 * 2**20)
-    'predicted 102.0 MiB, measured 100.0 MiB: the prediction is off by +2.0 %'
-    """
-    error = predicted_bytes / measured_bytes - 1
-    return (
-        f"predicted {format_bytes(predicted_bytes)}, measured {format_bytes(measured_bytes)}: "
-        f"the prediction is off by {100 * error:+z.1f} %"
-    )
-
-
-def _categories(report: ProfileReport) -> Table:
-    peak = report.timeline.peak_allocated_bytes
-    table = _table("of the peak", "bytes", "share", "")
-    by_size = sorted(report.timeline.by_category().items(), key=lambda item: -item[1])
-    for category, size in by_size:
-        if size:
-            table.add_row(category, format_bytes(size), _percent(size, peak), Bar(peak, 0, size, color="cyan"))
-    return table
-
-
-def _layers(rows: Sequence[ProfileRow]) -> Table:
-    table = _table("layer", "parameters", "saved", "peak", "forward", "backward", "share", "")
-    table.show_footer = True
-    saved = sum(row.saved_bytes for row in rows)
-    most = max(row.saved_bytes for row in rows)
-    for row in rows:
-        table.add_row(
-            row.name,
-            format_bytes(row.parameter_bytes),
-            format_bytes(row.saved_bytes),
-            format_bytes(row.peak_bytes) if row.peak_bytes else "",
-            format_seconds(row.forward_s),
-            format_seconds(row.backward_s),
-            _percent(row.saved_bytes, saved),
-            Bar(max(1, most), 0, row.saved_bytes, color="cyan"),
-        )
-    totals = (
-        "all",
-        format_bytes(sum(row.parameter_bytes for row in rows)),
-        format_bytes(saved),
-        format_bytes(max(row.peak_bytes for row in rows)),
-        format_seconds(sum(row.forward_s for row in rows)),
-        format_seconds(sum(row.backward_s for row in rows)),
-    )
-    for column, total in zip(table.columns, totals, strict=False):
-        column.footer = total
-    return table
-
-
-def _table(first: str, *others: str) -> Table:
-    """A table of a name, numbers and a bar; only the bar gives way where the screen is narrow."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", footer_style="bold")
-    table.add_column(first, no_wrap=True)
-    for heading in others[:-1]:
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column(others[-1], max_width=BAR_WIDTH)
-    return table
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{part / max(1, whole):.1%}"

@@ -55,7 +55,7 @@ def test_a_whole_step_counts_what_is_allocated_from_building_the_model_on():
 from functools import partial
 from memseg.levels import Recompute
 from memseg.models import build_model
-from memseg.profiling.measure import measure_step
+from memseg.profiling import measure_step
 build = partial(build_model, "ladder-densenet-mini")
 print(measure_step(build, image=(64, 128), batch=2, recompute=Recompute.NORMS))
 """

@@ -8,7 +8,8 @@ from memseg.levels import NormMode, Recompute
 from memseg.models import build_model
 from memseg.planning.memory import Stage
 from memseg.profiling.costs import model_costs
-from memseg.profiling.step import LOSS, profile_step
+from memseg.profiling import profile_step
+from memseg.profiling.job import LOSS
 
 MINI = "ladder-densenet-mini"
 IMAGE, BATCH = (128, 256), 2

@@ -8,8 +8,9 @@ import torch
 from memseg.errors import InputError, UnknownNameError
 from memseg.levels import NormMode, Recompute
 from memseg.models import build_model
-from memseg.profiling.measure import measure_step, watch_allocator
-from memseg.profiling.step import LOSS, profile_step
+from memseg.profiling import measure_step, watch_allocator
+from memseg.profiling import profile_step
+from memseg.profiling.job import LOSS
 from memseg.profiling.timeline import Category, Phase
 
 MINI = "ladder-densenet-mini"

@@ -10,7 +10,7 @@ from rich.console import Console
 from memseg.levels import NormMode, Recompute
 from memseg.models import build_model
 from memseg.planning.cards import parse_cards
-from memseg.profiling.step import profile_step
+from memseg.profiling import profile_step
 from memseg.profiling.timeline import Category, Phase
 from memseg.reports.memory_curve import _columns, _phases, save_memory_curve
 from memseg.reports.profile import ProfileReport, SortKey, fit_line, profile_view

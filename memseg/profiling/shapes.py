@@ -1,0 +1,78 @@
+"""Operators of which a trace makes the outputs itself, instead of running them on tensors without memory.
+
+For most operators torch knows shapes and types of the outputs without computing. A few it knows only by a decomposition
+into other operators: a trace would see allocations that no kernel makes, and spend most of its time on them. One has no
+kernel for the meta device at all.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+def run_by_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operator returns, on tensors without memory."""
+    make = _OUTPUTS.get(func.overloadpacket)
+    return func(*args, **kwargs) if make is None or not _is_without_memory(args[0]) else make(*args, **kwargs)
+
+
+def _is_without_memory(tensor: Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def _statistics_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
+    """Of the mean and the deviation that a norm keeps."""
+    return x.dtype if weight is None else weight.dtype
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = x.shape[1] if training else 0
+    dtype = _statistics_dtype(x, weight)
+    return torch.empty_like(x), x.new_empty(kept, dtype=dtype), x.new_empty(kept, dtype=dtype)
+
+
+def _norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    save_mean: Tensor | None,
+    save_invstd: Tensor | None,
+    train: bool,
+    eps: float,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    dtype = _statistics_dtype(x, weight)
+    of_input, *of_affine = output_mask
+    return (
+        torch.empty_like(x) if of_input else None,
+        *(x.new_empty(x.shape[1], dtype=dtype) if wanted else None for wanted in of_affine),
+    )
+
+
+def _update_stats(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor]:
+    dtype = _statistics_dtype(x, running_mean)
+    return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
+
+
+_OUTPUTS: dict[Any, Callable[..., Any]] = {
+    _aten.native_batch_norm: _norm,
+    _aten.native_batch_norm_backward: _norm_backward,
+    _aten.batch_norm_update_stats: _update_stats,
+}
