@@ -9,6 +9,7 @@ from memseg.cli.planning import PlanRequest
 from memseg.cli.train import plan_for, print_result, train
 from memseg.errors import InputError
 from memseg.levels import NormMode, Precision
+from memseg.units import format_image
 
 _MODEL = "ladder-densenet169"
 _IMAGE = (1024, 2048)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     print_columns(
         [
             ("the plan for two GPUs", str(out / "plan.json")),
-            ("its per-layer profile", f"{out / 'profile.csv'}, {out / 'profile.png'}"),
+            ("its per-layer profile", f"{out / 'profile.html'}, {out / 'profile.csv'}, {out / 'profile.png'}"),
             ("the training run", str(run_folder)),
             ("what the model sees", str(pictures)),
         ]
@@ -58,9 +59,12 @@ def _plan_and_profile(out: Path) -> None:
     from memseg.models import build_model
     from memseg.planning import LOSS, parse_cards, save_plan
     from memseg.profiling import profile_step
+    from memseg.profiling.card_memory import card_memory
     from memseg.reports.memory_curve import save_memory_curve
+    from memseg.reports.page import save_profile_page
     from memseg.reports.plan import plan_table
-    from memseg.reports.profile import ProfileReport, SortKey, profile_csv, profile_view
+    from memseg.reports.profile import ProfileReport, profile_csv
+    from memseg.reports.profile_view import profile_view
 
     cards = parse_cards(_CARDS)
     request = PlanRequest(
@@ -87,11 +91,13 @@ def _plan_and_profile(out: Path) -> None:
     profile = profile_step(
         lambda: build_model(_MODEL), image=_IMAGE, batch=_BATCH, recompute=levels, device=cards[0].kind
     )
-    report = ProfileReport(profile, cards[-1], NormMode.BATCH, levels, judge_fit=False)
-    rows = report.rows(depth=1, sort=SortKey.ORDER)
+    settings = {"image": format_image(_IMAGE), "batch": _BATCH, "norm": str(NormMode.BATCH), "recompute": levels}
+    report = ProfileReport(profile, cards[-1], card_memory(profile, cards[-1]), settings)
+    rows = report.rows()
     console.print(profile_view(report, rows))
     (out / "profile.csv").write_text(profile_csv(rows), encoding="utf-8")
     save_memory_curve(report, out / "profile.png")
+    save_profile_page(report, out / "profile.html")
 
 
 def _train(out: Path) -> Path:

@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memseg.cli.console import add_command, print_json, wide_console
 from memseg.cli.profile_job import Request, add_job_options, parse_job
@@ -15,7 +15,8 @@ from memseg.units import format_bytes
 
 if TYPE_CHECKING:
     from memseg.planning import Card
-    from memseg.reports.profile import ProfileReport
+    from memseg.profiling.allocator_settings import AllocatorSettings
+    from memseg.reports.profile import ProfileReport, ProfileRow
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,10 +33,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             "memseg profile ladder-densenet-mini --image 128x256 --batch 1 --measure",
             "memseg profile torchvision.models:vit_b_16 --image 224x224 --batch 64 --loss cross-entropy --card v100",
             "memseg profile torchvision.models:resnet50 --image 224x224 --batch 32 --snapshot step.pickle --card a100",
+            "memseg profile --plan plan.json --html cards.html",
             "memseg profile ladder-densenet121 --csv - > layers.csv",
         ],
     )
     add_job_options(parser)
+    parser.add_argument(
+        "--plan", metavar="FILE", type=Path, help="instead of MODEL: each card of a plan that memseg plan -o wrote"
+    )
     card = parser.add_argument_group("the card")
     card.add_argument(
         "--card",
@@ -90,38 +95,65 @@ def run(args: argparse.Namespace) -> int:
             cannot be traced.
         MemsegError: the memory to measure is not there.
     """
-    card = _parse_card(args.card)
-    _check(args, card)
-    request = parse_job(args)
+    _check(args)
+    if args.plan:
+        from memseg.cli.profile_plan import profile_plan
 
-    from memseg.reports.profile import SortKey, profile_csv, profile_object
-    from memseg.reports.profile_view import profile_view
-
-    report = _profile(args, request, card)
-    sort = SortKey(args.sort)
-    rows = report.rows(depth=args.depth, sort=sort)
-    _write_files(args, report)
-    if args.csv == "-":
-        sys.stdout.write(profile_csv(rows))
+        reports = profile_plan(args.plan)
+        for number, report in enumerate(reports, start=1):
+            _write_files(args, report, f"-{number}" if len(reports) > 1 else "")
+        if args.json:
+            print_json({"cards": [_object(args, report) for report in reports]})
+            return 0
+        for report in reports:
+            _print(args, report)
         return 0
-    if args.csv:
-        Path(args.csv).write_text(profile_csv(rows), encoding="utf-8")
+    card = _parse_card(args.card)
+    _check_card(args, card)
+    request = parse_job(args)
+    report = _profile(args, request, card)
+    _write_files(args, report, "")
+    if args.csv == "-":
+        sys.stdout.write(_csv(args, report))
+        return 0
     if args.measure:
         report = _measure(report, request)
     if args.json:
-        print_json(profile_object(report, rows))
+        print_json(_object(args, report))
         return 0
-    wide_console().print(profile_view(report, rows, tree=sort is SortKey.ORDER))
+    _print(args, report)
     return 0
+
+
+def _rows(args: argparse.Namespace, report: "ProfileReport") -> "list[ProfileRow]":
+    from memseg.reports.profile import SortKey
+
+    return report.rows(depth=args.depth, sort=SortKey(args.sort))
+
+
+def _csv(args: argparse.Namespace, report: "ProfileReport") -> str:
+    from memseg.reports.profile import profile_csv
+
+    return profile_csv(_rows(args, report))
+
+
+def _object(args: argparse.Namespace, report: "ProfileReport") -> dict[str, Any]:
+    from memseg.reports.profile import profile_object
+
+    return profile_object(report, _rows(args, report))
+
+
+def _print(args: argparse.Namespace, report: "ProfileReport") -> None:
+    from memseg.reports.profile_view import profile_view
+
+    wide_console().print(profile_view(report, _rows(args, report), tree=args.sort == "order"))
 
 
 def _profile(args: argparse.Namespace, request: Request, card: "Card") -> "ProfileReport":
     from memseg.profiling import DataParallel, trace_job
-    from memseg.profiling.allocator_settings import AllocatorSettings
     from memseg.profiling.card_memory import card_memory
     from memseg.reports.profile import ProfileReport
 
-    settings = AllocatorSettings.parse(args.allocator) if args.allocator else None
     data_parallel = None
     if args.replicas > 1:
         data_parallel = DataParallel(args.replicas, gradient_as_bucket_view=args.bucket_view)
@@ -129,23 +161,36 @@ def _profile(args: argparse.Namespace, request: Request, card: "Card") -> "Profi
     profile = trace_job(
         partial(request.make, real=args.real), device=card.kind, data_parallel=data_parallel, real=args.real
     )
-    memory = card_memory(profile, card, settings=settings, replicas=args.replicas)
+    memory = card_memory(profile, card, settings=_allocator(args), replicas=args.replicas)
     return ProfileReport(profile, card, memory, request.settings, judge_fit=args.card is not None)
 
 
-def _write_files(args: argparse.Namespace, report: "ProfileReport") -> None:
+def _allocator(args: argparse.Namespace) -> "AllocatorSettings | None":
+    from memseg.profiling.allocator_settings import AllocatorSettings
+
+    return AllocatorSettings.parse(args.allocator) if args.allocator else None
+
+
+def _write_files(args: argparse.Namespace, report: "ProfileReport", suffix: str) -> None:
+    """All files that were asked for; `suffix` tells those of one card from those of another."""
+
+    def named(path: Path) -> Path:
+        return path.with_stem(path.stem + suffix)
+
+    if args.csv and args.csv != "-":
+        named(Path(args.csv)).write_text(_csv(args, report), encoding="utf-8")
     if args.png:
         from memseg.reports.memory_curve import save_memory_curve
 
-        save_memory_curve(report, args.png)
+        save_memory_curve(report, named(args.png))
     if args.html:
         from memseg.reports.page import save_profile_page
 
-        save_profile_page(report, args.html)
+        save_profile_page(report, named(args.html))
     if args.snapshot:
         from memseg.reports.recording import save_recording
 
-        save_recording(report, args.snapshot, settings=args.allocator)
+        save_recording(report, named(args.snapshot), _allocator(args))
 
 
 def _parse_card(text: str | None) -> "Card":
@@ -157,23 +202,38 @@ def _parse_card(text: str | None) -> "Card":
     return cards[0]
 
 
-def _check(args: argparse.Namespace, card: "Card") -> None:
+def _check(args: argparse.Namespace) -> None:
     """Refuse numbers that are too small, and options that exclude each other."""
     for name in ("depth", "replicas"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if bool(args.model) == bool(args.plan):
+        raise InputError(
+            f"what to profile must be a MODEL or a --plan, got {'both' if args.model else 'neither'}; "
+            "try memseg profile ladder-densenet121"
+        )
+    others = [name for name in ("card", "measure", "real", "allocator", "snapshot") if getattr(args, name)]
+    if args.plan and (others or args.csv == "-"):
+        option = f"--{others[0]}" if others else "--csv -"
+        raise InputError(f"{option} does not go with --plan, which says what runs on which cards; leave it out")
     if args.csv == "-" and (args.json or args.measure):
         raise InputError(
             "--csv - leaves standard output to the table of layers, so neither --json nor --measure go with it; "
             "try --csv layers.csv"
         )
+    if args.bucket_view and args.replicas == 1:
+        raise InputError("--bucket-view is about replicas, of which there is one; try --replicas 2")
+
+
+def _check_card(args: argparse.Namespace, card: "Card") -> None:
+    """Refuse options that the card does not have."""
     if args.measure and card.kind != "cpu":
         raise InputError(f"--measure runs on this CPU, so --card must be a cpu card, got {card.name}; try cpu")
     if card.kind == "cpu" and (args.allocator or args.snapshot):
         option = "--allocator" if args.allocator else "--snapshot"
-        raise InputError(f"{option} is about CUDA's allocator, so --card must be a CUDA card, got {card.name}; try v100")
-    if args.bucket_view and args.replicas == 1:
-        raise InputError("--bucket-view is about replicas, of which there is one; try --replicas 2")
+        raise InputError(
+            f"{option} is about CUDA's allocator, so --card must be a CUDA card, got {card.name}; try v100"
+        )
 
 
 def _measure(report: "ProfileReport", request: Request) -> "ProfileReport":

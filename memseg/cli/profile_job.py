@@ -1,4 +1,4 @@
-"""From what a user asks `memseg profile` for to a training step: a network of ours by name, or any model by its address.
+"""From what a user asks `memseg profile` for to a training step: a network of ours by name, any other by its address.
 
 An address is MODULE:FUNCTION, as in my_package.nets:build or nets.py:build. The function takes no arguments and returns
 the model, or a tuple of the model and what it is called with, or of these and the loss.
@@ -41,6 +41,7 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     """Everything that says what step it is."""
     parser.add_argument(
         "model",
+        nargs="?",
         metavar="MODEL",
         help="a network that memseg models lists, or MODULE:FUNCTION (file.py:FUNCTION) that makes any torch model",
     )
@@ -158,7 +159,12 @@ def _foreign(args: argparse.Namespace, image: tuple[int, int]) -> Request:
             name=args.model,
         )
 
-    settings = {"image": format_image(image), "batch": args.batch, "loss": loss_name, **_common_settings(args, optimizer)}
+    settings = {
+        "image": format_image(image),
+        "batch": args.batch,
+        "loss": loss_name,
+        **_common_settings(args, optimizer),
+    }
     return Request(make, settings)
 
 
@@ -180,13 +186,14 @@ def load_address(address: str) -> Callable[..., Any]:
         raise
     except Exception as error:
         raise InputError(f"{address}: importing {where} fails with {type(error).__name__}: {error}") from error
-    found = module
+    found: Any = module
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
         known = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise UnknownNameError(f"function of {where}", name, known)
-    return found
+    function: Callable[..., Any] = found
+    return function
 
 
 def _import_module(name: str) -> Any:

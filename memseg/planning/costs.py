@@ -55,7 +55,9 @@ class Work:
             self.flops + other.flops,
             self.moved_bytes + other.moved_bytes,
             self.operations + other.operations,
-            merged(self.products + other.products) if self.products and other.products else self.products or other.products,
+            merged(self.products + other.products)
+            if self.products and other.products
+            else self.products or other.products,
         )
 
 

@@ -2,10 +2,10 @@
 
 from memseg.profiling.costs import model_costs
 from memseg.profiling.data_parallel import DataParallel
-from memseg.profiling.job_foreign import foreign_job
 from memseg.profiling.job import Job, named_optimizer
-from memseg.profiling.measure import measure_job, watch_allocator
+from memseg.profiling.job_foreign import foreign_job
 from memseg.profiling.job_segmented import measure_step, profile_step, segmented_job
+from memseg.profiling.measure import measure_job, watch_allocator
 from memseg.profiling.step import StepProfile, UntraceableError, trace_job
 from memseg.profiling.timeline import Allocation, Category, LayerRow, Phase, Timeline
 

@@ -18,8 +18,8 @@ Not modelled: the driver's choice of addresses (a new segment lies above all ear
 between free blocks of one size), the driver's own rounding, private pools of CUDA graphs and MemPool, and callbacks
 that free memory on demand.
 
-Source: c10/cuda/CUDACachingAllocator.cpp of a version between torch 2.9 and 2.14 (with setNoSplit, large_segment_size), held
-against the headers of torch 2.14.1. Names of the source stand in brackets where ours differ.
+Source: c10/cuda/CUDACachingAllocator.cpp of a version between torch 2.9 and 2.14 (it has setNoSplit and
+large_segment_size), held against the headers of torch 2.14.1. Its names stand in brackets where ours differ.
 """
 
 from bisect import bisect_left

@@ -4,25 +4,26 @@
     reserved        what the allocator took from the driver for them: torch.cuda.max_memory_reserved
     device total    that, the CUDA context, and NCCL's buffers: what nvidia-smi shows of the process
 
-A timeline says what is allocated when. The allocator is replayed over a first step and two more, since what it has cached
-in one step decides what it must reserve in the next. cuBLAS takes its workspace from the same allocator at its first
-product, once for the thread of forward and once for that of backward, and keeps it.
+A timeline says what is allocated when. The allocator is replayed over a first step and two more, since what it has
+cached in one step decides what it must reserve in the next. cuBLAS takes its workspace from the same allocator at its
+first product, once for the thread of forward and once for that of backward, and keeps it.
 
 On the CPU there is no such allocator: what tensors take is all that is counted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from memseg.errors import InputError
 from memseg.planning.cards import Card
 from memseg.profiling.allocator_settings import AllocatorSettings
-from memseg.profiling.device_memory import context_bytes, cublas_workspace_bytes, nccl_bytes
+from memseg.profiling.device_memory import Term, device_terms
 from memseg.profiling.replay import FREE, Event, Replay, replay
 from memseg.profiling.step import StepProfile
 from memseg.profiling.timeline import Allocation, Category, Phase
 
 _STEADY_STEPS = 2
+_PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "memseg.project")
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,12 @@ class CardMemory:
     """Peaks of training on one card, over a first step and those that follow."""
 
     peak_allocated_bytes: int
-    peak_reserved_bytes: int | None
+    peak_reserved_bytes: int | None = None
     """None on the CPU."""
-    device_total_bytes: int | None
+    device_total_bytes: int | None = None
     """None on the CPU."""
-    context_bytes: int = 0
-    nccl_bytes: int = 0
-    cublas_bytes: int = 0
-    """Part of what is allocated."""
+    terms: tuple[Term, ...] = ()
+    """What a process holds beside its tensors; some of it inside the allocator."""
     replay: Replay | None = None
     """None on the CPU."""
 
@@ -48,12 +47,7 @@ class CardMemory:
 
 
 def card_memory(
-    profile: StepProfile,
-    card: Card,
-    *,
-    settings: AllocatorSettings | None = None,
-    replicas: int = 1,
-    cublas_bytes: int | None = None,
+    profile: StepProfile, card: Card, *, settings: AllocatorSettings | None = None, replicas: int = 1
 ) -> CardMemory:
     """Peaks of training on a card.
 
@@ -62,7 +56,6 @@ def card_memory(
         card: Whose architecture decides context and workspace.
         settings: Of the allocator; torch's defaults where none are given.
         replicas: Processes that talk by NCCL.
-        cublas_bytes: Of one cuBLAS workspace; the architecture's where none is given.
 
     Raises:
         InputError: the profile is of another kind of device.
@@ -70,25 +63,33 @@ def card_memory(
     if profile.device != card.kind:
         raise InputError(f"{card.name} is a {card.kind} card, and the profile is of a step on {profile.device}")
     if card.compute_capability is None:
-        return CardMemory(profile.peak_allocated_bytes, None, None)
-    if cublas_bytes is None:
-        cublas_bytes = cublas_workspace_bytes(card.compute_capability).size_bytes
-    found = replay(training_events(profile, cublas_bytes=cublas_bytes), settings)
-    context = context_bytes(card.compute_capability).size_bytes
-    nccl = nccl_bytes(replicas).size_bytes
-    return CardMemory(
-        found.peak_allocated_bytes,
-        found.peak_reserved_bytes,
-        found.peak_reserved_bytes + context + nccl,
-        context,
-        nccl,
-        2 * cublas_bytes,
-        found,
-    )
+        return CardMemory(profile.peak_allocated_bytes)
+    terms = device_terms(card.compute_capability, world_size=replicas)
+    inside = [term.size_bytes for term in terms if term.in_allocator] if _has_products(profile) else []
+    found = replay(training_events(profile, inside), settings)
+    outside = sum(term.size_bytes for term in terms if not term.in_allocator)
+    reserved = found.peak_reserved_bytes
+    return CardMemory(found.peak_allocated_bytes, reserved, reserved + outside, terms, found)
 
 
-def training_events(profile: StepProfile, *, cublas_bytes: int = 0) -> Iterator[Event]:
-    """What the allocator is asked for, in order: the setup, the first step, and steady ones."""
+def _has_products(profile: StepProfile) -> bool:
+    """Whether the step has matrix products, for which cuBLAS takes its workspaces."""
+    return any(one.operation.startswith(_PRODUCTS) for one in profile.timeline.allocations)
+
+
+def training_events(profile: StepProfile, workspaces: Iterable[int] = ()) -> Iterator[Event]:
+    """What the allocator is asked for, in order: the setup, the first step, and steady ones.
+
+    Args:
+        profile: Of the step.
+        workspaces: Bytes of what libraries take at their first use and keep.
+    """
+    for event, _ in named_events(profile, workspaces):
+        yield event
+
+
+def named_events(profile: StepProfile, workspaces: Iterable[int] = ()) -> Iterator[tuple[Event, Allocation | None]]:
+    """`training_events`, each beside the allocation that it begins or ends; None for a workspace that is kept."""
     first, steady = (
         [one for one in timeline.allocations if one.size_bytes]
         for timeline in (profile.first_timeline, profile.timeline)
@@ -99,10 +100,10 @@ def training_events(profile: StepProfile, *, cublas_bytes: int = 0) -> Iterator[
     for one in lasting:
         if one.phase is Phase.SETUP:
             key += 1
-            yield Event(key, one.size_bytes)
-    for _ in range(2 if cublas_bytes else 0):
+            yield Event(key, one.size_bytes), one
+    for size in workspaces:
         key += 1
-        yield Event(key, cublas_bytes)
+        yield Event(key, size), None
     state = [one for one in lasting if one.phase is not Phase.SETUP]
     steps = [within + state, *[[one for one in steady if not _lasts(one)]] * _STEADY_STEPS]
     for step in steps:
@@ -111,7 +112,7 @@ def training_events(profile: StepProfile, *, cublas_bytes: int = 0) -> Iterator[
             + [(one.died, index, FREE) for index, one in enumerate(step) if not _lasts(one)]
         )
         for _, index, size in turns:
-            yield Event(key + 1 + index, size)
+            yield Event(key + 1 + index, size), step[index]
         key += len(step)
 
 

@@ -1,8 +1,8 @@
 """What a process takes of a GPU beside its tensors.
 
 `nvidia-smi` shows more than torch's allocator holds: the CUDA context, the kernels that were loaded, NCCL's buffers.
-None of it can be seen without a GPU, and nothing here has been measured by us: every figure is a report, or a reading of
-source code, and says so.
+None of it can be seen without a GPU, and nothing here has been measured by us: every figure is a report, or a reading
+of source code, and says so.
 
     context     The driver's own state, and local memory for every thread that a card can run at once; so it grows with
                 the number of multiprocessors, which a compute capability does not tell. Reports for one generation
@@ -69,8 +69,8 @@ _CONTEXTS: Mapping[tuple[int, int], _Context] = MappingProxyType(
         ),
         (8, 0): _Context(
             341 * _MIB,
-            "derived for an A100 with NVLink: 789 MiB beside the allocator in a run of two ranks (meta-pytorch/torchrec "
-            "pull request 3580), less 288 of NCCL and 160 of kernels as counted here",
+            "derived for an A100 with NVLink: 789 MiB beside the allocator in a run of two ranks (pull request 3580 of "
+            "meta-pytorch/torchrec), less 288 of NCCL and 160 of kernels as counted here",
         ),
         (8, 6): _Context(
             256 * _MIB, "reported for an RTX 3090, torch 2.7.1, CUDA 12.8, driver 610: invoke-ai/InvokeAI issue 9413"
@@ -89,8 +89,8 @@ _KERNEL_SOURCE = (
 )
 
 _WORKSPACE_SOURCE = (
-    "torch's aten/src/ATen/cuda/CublasHandlePool.cpp: 4096 KiB x 2 + 16 KiB x 8, and 32 MiB for compute capabilities 9.x "
-    "to 12.x; read in the source and in the machine code of the torch 2.14.1 wheel"
+    "torch's aten/src/ATen/cuda/CublasHandlePool.cpp: 4096 KiB x 2 + 16 KiB x 8, and 32 MiB for compute capabilities "
+    "9.x to 12.x; read in the source and in the machine code of the torch 2.14.1 wheel"
 )
 
 _NCCL_SOURCE = (
@@ -101,7 +101,10 @@ _NCCL_SOURCE = (
 _CHANNEL_BYTES = 12 * _MIB
 _CHANNELS: Mapping[Link, tuple[int, str]] = MappingProxyType(
     {
-        Link.HOST: (0, "the 2 channels seen through host memory (NVIDIA/nccl-tests issue 307) have their buffers there"),
+        Link.HOST: (
+            0,
+            "the 2 channels seen through host memory (NVIDIA/nccl-tests issue 307) have their buffers there",
+        ),
         Link.PCIE: (2, "2 channels, assumed as seen between GPUs without NVLink (NVIDIA/nccl-tests issue 307)"),
         Link.NVLINK: (24, "24 channels seen on A100 and H100 (NVIDIA/nccl-tests issue 100, NVIDIA/nccl issue 1161)"),
     }
@@ -166,9 +169,9 @@ def cublas_workspace_bytes(
 def nccl_bytes(world_size: int, link: Link = Link.NVLINK) -> Term:
     """Buffers of one NCCL communicator, for all-reduce in a ring, on one card.
 
-    A second communicator takes as much again. Trees between more than two cards, NVLink SHARP, networks between machines
-    and send/receive connect more and are not counted: 544 MB for 2 and 688 MB for 4 A100 were seen in NVIDIA/nccl
-    issue 964, with NCCL's kernels loaded eagerly.
+    A second communicator takes as much again. Trees between more than two cards, NVLink SHARP, networks between
+    machines and send/receive connect more and are not counted, nor are NCCL's kernels: 544 MB for 2 and 688 MB for 4
+    A100 were seen in 2023 (NVIDIA/nccl issue 964).
 
     Args:
         world_size: Ranks in the communicator.

@@ -76,7 +76,7 @@ class Job:
     model: nn.Module
     compute: Callable[[], Any]
     """Forward of the model on the batch: what it returns."""
-    loss: Callable[[Any], Tensor]
+    loss: Callable[[Any], Any]
     """Of what the model returned, a scalar."""
     inputs: tuple[Tensor, ...]
     """The batch: all that `compute` and `loss` read beside the model."""
@@ -88,6 +88,10 @@ class Job:
     precision: Precision = Precision.FLOAT32
     accumulation: int = 1
     """Batches whose gradients are added up before the optimizer steps."""
+    backward: Callable[[Any], None] = Tensor.backward
+    """Of what `loss` returned; for a stage that ends without one, of its outputs."""
+    buffers: tuple[Tensor, ...] = ()
+    """In which tensors of other cards arrive, there all step."""
     keep_output: bool = False
     """Whether what the model returned lives through backward, as where a training loop gives it a name."""
 
@@ -97,7 +101,7 @@ def run_batch(
     *,
     begin: Callable[[Phase], object] = lambda phase: None,
     layer: Callable[[str], AbstractContextManager[object]] = lambda name: nullcontext(),
-) -> Tensor:
+) -> Tensor | None:
     """Forward and backward of one batch; the loss, without a graph.
 
     Args:
@@ -115,8 +119,8 @@ def run_batch(
         if job.accumulation > 1:
             loss = loss / job.accumulation
     begin(Phase.BACKWARD)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+    job.backward(loss)
+    return loss.detach() if isinstance(loss, Tensor) else None
 
 
 def run_step(job: Job) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memseg.levels import Precision, Recompute
 from memseg.models.objective import Objective
@@ -48,9 +48,7 @@ def segmented_job(
     model.check_image(image, batch=batch)
     model.set_recompute(recompute)
     objective = Objective(aux_weight)
-    dtype = next(model.parameters()).dtype
-    images = torch.randn(batch, 3, *image, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    target = torch.randint(model.num_classes, (batch, *image), dtype=torch.uint8)
+    images, target = random_batch(model, image, batch)
     return Job(
         name=model.name,
         model=model,
@@ -65,6 +63,13 @@ def segmented_job(
         precision=precision,
         accumulation=accumulation,
     )
+
+
+def random_batch(model: SegmentedModel, image: tuple[int, int], batch: int) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, H, W), channels-last, in the type of the parameters, and a target (N, H, W), uint8."""
+    dtype = next(model.parameters()).dtype
+    images = torch.randn(batch, 3, *image, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return images, torch.randint(model.num_classes, (batch, *image), dtype=torch.uint8)
 
 
 def profile_step(build: Callable[[], SegmentedModel], *, device: str = "cpu", **step: Any) -> StepProfile:

@@ -6,7 +6,7 @@ step and the optimizer of the second, in this order; first step and steady state
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,6 +24,7 @@ from memseg.planning.costs import Work
 from memseg.profiling.cuda_semantics import cuda_semantics, foreach_by_default
 from memseg.profiling.data_parallel import DataParallel, make_buckets
 from memseg.profiling.job import LOSS, Job, run_batch
+from memseg.profiling.placement import Placement, check_placement, placed
 from memseg.profiling.timeline import Category, LayerRow, Phase, Timeline, nearest_layer
 from memseg.profiling.trace import StepTracer
 
@@ -74,6 +75,10 @@ class StepProfile:
         """The most that is allocated at once, in any step."""
         return max(self.timeline.peak_allocated_bytes, self.first_timeline.peak_allocated_bytes)
 
+    def on_card(self, index: int) -> "StepProfile":
+        """What of it is on one of several cards. Work stays that of the whole step."""
+        return replace(self, timeline=self.timeline.on_card(index), first_timeline=self.first_timeline.on_card(index))
+
     def layers(self, depth: int | None = 1) -> list[LayerProfile]:
         """The per-layer table.
 
@@ -100,7 +105,13 @@ def gather(work: Mapping[tuple[Phase, str], Work], phase: Phase, names: Iterable
 
 
 def trace_job(
-    make: Callable[[], Job], *, device: str = "cpu", data_parallel: DataParallel | None = None, real: bool = False
+    make: Callable[[], Job],
+    *,
+    device: str = "cpu",
+    data_parallel: DataParallel | None = None,
+    placement: Placement | None = None,
+    num_cards: int = 1,
+    real: bool = False,
 ) -> StepProfile:
     """Trace a training step, first and steady.
 
@@ -108,16 +119,26 @@ def trace_job(
         make: Makes the step; called where tensors are fake.
         device: "cpu" or "cuda": whose kernels to count.
         data_parallel: How DistributedDataParallel would hold gradients; None without it.
+        placement: Cards of layers, by index; None with one card.
+        num_cards: That there are.
         real: Run on real tensors of the CPU, which takes memory and time, instead of fake ones.
 
     Raises:
         UntraceableError: the step needs values that fake tensors do not have.
+        UnknownNameError: `placement` names what is no layer.
         InputError: the step fails, and where.
     """
     with nullcontext() if real else FakeTensorMode():
         job = make()
         tracer = StepTracer(job.layers, device=device)
-        with _telling_where(job, tracer), cuda_semantics(job.precision) if device == "cuda" else nullcontext():
+        with ExitStack() as around:
+            if placement:
+                layers = dict(job.layers)
+                check_placement(placement, layers, num_cards)
+                around.enter_context(placed(tracer, layers, placement))
+            if device == "cuda":
+                around.enter_context(cuda_semantics(job.precision))
+            around.enter_context(_telling_where(job, tracer))
             return _trace(job, tracer, device, data_parallel)
 
 
@@ -130,7 +151,7 @@ def _trace(job: Job, tracer: StepTracer, device: str, data_parallel: DataParalle
         tracer.know(tensors, Category.PARAMETER, name)
     tracer.know(job.inputs, Category.INPUT)
     buckets = make_buckets(job.model.parameters(), data_parallel) if data_parallel else []
-    tracer.know(buckets, Category.COMMUNICATION)
+    tracer.know([*buckets, *job.buffers], Category.COMMUNICATION)
     work: list[Mapping[tuple[Phase, str], Work]] = []
     with tracer.tracing():
         for _ in range(min(job.accumulation, 2)):

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from itertools import accumulate
@@ -104,6 +104,10 @@ class Timeline:
     def peak_instant(self) -> int:
         """The first instant of the peak."""
         return self.curve.index(self.peak_allocated_bytes) if self.curve else 0
+
+    def on_card(self, index: int) -> "Timeline":
+        """What is on one of several cards, at the same instants."""
+        return replace(self, allocations=tuple(one for one in self.allocations if one.card == index))
 
     def alive(self, instant: int) -> list[Allocation]:
         """What is allocated after an instant, largest first."""

@@ -113,8 +113,11 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.allocated_bytes = 0
         self.peak_bytes = 0
         self._stack: list[str] = []
+        self._ended = ""
         self._spans = _LayerSpans()
         self.card_of: Callable[[str], int] = lambda layer: 0
+        """The card of what a layer makes of nothing; what is made of tensors lies where the first of them does."""
+        self._card = 0
         self._last = ""
 
     @contextmanager
@@ -147,9 +150,22 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def know(self, tensors: Iterable[Tensor], category: Category, layer: str = "") -> None:
         """Count tensors that exist already, or name the category of ones that were seen."""
+        self._card = self.card_of(layer)
         for tensor in tensors:
             live = self._see(tensor, layer, "")
             live.category = category
+
+    def card(self, tensor: Tensor) -> int:
+        """Index of the card that a tensor lies on; 0 for one that was never seen."""
+        live = self._live(tensor)
+        return live.card if live else 0
+
+    def copy_to(self, tensor: Tensor, card: int) -> Tensor:
+        """A copy of a tensor on another card."""
+        copy = tensor.clone()
+        live = self._by_storage[self.key(copy)]
+        live.card, live.category = card, Category.COMMUNICATION
+        return copy
 
     def where(self) -> str:
         """The layer that is running, or that ran last, in words."""
@@ -191,11 +207,10 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = run_by_shape(func, args, kwargs)
         read, made = list(_tensors(args)), list(_tensors(out))
         read.extend(_tensors(kwargs.values()))
-        at = self.phase, layer
-        for tensor in read:
-            live = self._by_storage.get(tensor.untyped_storage()._cdata)
-            if live is not None:
-                live.reader = at
+        inputs = [live for tensor in read if (live := self._live(tensor))]
+        for live in inputs:
+            live.reader = self.phase, layer
+        self._card = inputs[0].card if inputs else self.card_of(layer)
         transients = convolution_workspace(func, args, self._device)
         scratch = operator_scratch(func, args, self._device, self._peak_of)
         if scratch is not None:
@@ -210,8 +225,11 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _is_parameter(self, tensor: Tensor) -> bool:
-        live = self._by_storage.get(tensor.untyped_storage()._cdata)
+        live = self._live(tensor)
         return live is not None and live.category is Category.PARAMETER
+
+    def _live(self, tensor: Tensor) -> Live | None:
+        return self._by_storage.get(tensor.untyped_storage()._cdata)
 
     def _peak_of(self, run: Callable[[], Any], inputs: list[Tensor]) -> int:
         tracer = StepTracer(device=self._device)
@@ -234,7 +252,7 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 operation,
                 tuple(tensor.shape),
                 tensor.dtype,
-                card=self.card_of(layer),
+                card=self._card,
             )
             self.lives.append(live)
             self._by_storage[key] = live
@@ -262,7 +280,7 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     category=Category.WORKSPACE,
                     died=self.instant + 1,
                     freed_in=self.phase,
-                    card=self.card_of(layer),
+                    card=self._card,
                 )
                 self.lives.append(live)
                 self.instant += 2
@@ -280,8 +298,11 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _layer(self) -> str:
         if self._stack:
             return self._stack[-1]
-        node = torch._C._current_autograd_node()
-        return self._spans.find(node._sequence_nr()) if node is not None else ""
+        node: Any = torch._C._current_autograd_node()
+        if node is not None:
+            return self._spans.find(node._sequence_nr())
+        # Before its first node, backward makes the gradient of what forward ended with.
+        return self._ended if self.phase is Phase.BACKWARD else ""
 
     def _enter_module(self, module: nn.Module, _: Any) -> None:
         self._enter(self._names.get(module, self._stack[-1] if self._stack else ""))
@@ -289,7 +310,7 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leave_module(self, module: nn.Module, _: Any, output: Any) -> None:
         name = self._stack[-1]
         for tensor in _tensors(output):
-            live = self._by_storage.get(tensor.untyped_storage()._cdata)
+            live = self._live(tensor)
             if live is not None and name not in live.output_of:
                 live.output_of += (name,)
         self._leave()
@@ -299,7 +320,7 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._spans.enter(_sequence_number(), name)
 
     def _leave(self) -> None:
-        self._stack.pop()
+        self._ended = self._stack.pop()
         self._spans.enter(_sequence_number(), self._stack[-1] if self._stack else "")
 
 

@@ -15,22 +15,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from memseg.planning.cards import Card
-from memseg.profiling.timeline import Category, Phase, Timeline
+from memseg.profiling.timeline import Phase, Timeline
+from memseg.reports.colours import CATEGORY_COLOURS
+from memseg.reports.phases import phase_spans
 from memseg.reports.profile import ProfileReport
 from memseg.units import GIB, format_bytes
 
 COLUMNS = 1200
-
-_COLOURS = {
-    Category.PARAMETER: "#4d4d4d",
-    Category.OPTIMIZER_STATE: "#8c8c8c",
-    Category.INPUT: "#c2c2c2",
-    Category.GRADIENT: "#e6ab02",
-    Category.SAVED: "#1f78b4",
-    Category.TEMPORARY: "#d95f02",
-    Category.WORKSPACE: "#7b3294",
-}
-"""In the order in which they are stacked: what stays all step at the bottom, what is brief on top."""
 
 _LIMIT_COLOUR = "#cc0000"
 _PHASE_SHADES = {Phase.FORWARD: "#f2f7fb", Phase.BACKWARD: "#fdf3ea", Phase.OPTIMIZER: "#f0f0f0"}
@@ -43,8 +34,8 @@ def save_memory_curve(report: ProfileReport, path: Path) -> None:
         OSError: the file cannot be written.
     """
     timeline = report.timeline
-    phases = _phases(timeline)
-    start, end = phases[0][1], phases[-1][2]
+    phases = phase_spans(timeline)
+    start, end = phases[0].start, phases[-1].end
     instants, stack = _columns(timeline, start, end)
     size = timeline.peak_allocated_bytes
     unit, unit_name = (GIB, "GiB") if size >= GIB else (2**20, "MiB")
@@ -57,8 +48,10 @@ def save_memory_curve(report: ProfileReport, path: Path) -> None:
         axes.axvspan(left - start, right - start, color=_PHASE_SHADES[phase], zorder=0)
         at = ((left - start) / (end - start), 1)
         axes.annotate(phase, at, (4, -6), "axes fraction", "offset points", va="top", fontsize=12, color="#555555")
-    labels = [str(category) for category in _COLOURS]
-    axes.stackplot(instants - start, stack / unit, labels=labels, colors=list(_COLOURS.values()), linewidth=0)
+    drawn = [row for row, sizes in enumerate(stack) if sizes.any()]
+    categories = [list(CATEGORY_COLOURS)[row] for row in drawn]
+    colours = [CATEGORY_COLOURS[category] for category in categories]
+    axes.stackplot(instants - start, stack[drawn] / unit, labels=categories, colors=colours, linewidth=0)
     if report.judge_fit:
         _draw_limit(axes, report.card, unit)
     _draw_peak(axes, (timeline.peak_instant - start, size / unit), f"{format_bytes(size)}, {report.peak_moment}")
@@ -87,26 +80,9 @@ def _draw_limit(axes: Axes, card: Card, unit: int) -> None:
     axes.annotate(label, at, (-4, 4), textcoords="offset points", ha="right", color=_LIMIT_COLOUR)
 
 
-def _phases(timeline: Timeline) -> list[tuple[Phase, int, int]]:
-    """Each phase of the step that allocates something, with its first instant and that after its last.
-
-    What is there before the step outlives it; so the step is over when the first of that is gone.
-    """
-    starts = {Phase.BACKWARD: timeline.backward_start}
-    end = timeline.instants
-    for one in timeline.allocations:
-        if one.phase is Phase.SETUP:
-            end = min(end, one.died)
-        else:
-            starts[one.phase] = min(one.born, starts.get(one.phase, one.born))
-    phases = [phase for phase in Phase if phase in starts]
-    bounds = [*(starts[phase] for phase in phases), end]
-    return [(phase, left, right) for phase, (left, right) in zip(phases, pairwise(bounds), strict=True)]
-
-
 def _columns(timeline: Timeline, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The fullest instant of each column, (columns,), and bytes of each category there, (categories, columns)."""
-    row_of = {category: row for row, category in enumerate(_COLOURS)}
+    row_of = {category: row for row, category in enumerate(CATEGORY_COLOURS)}
     change = np.zeros((len(row_of), timeline.instants + 1))
     for one in timeline.allocations:
         change[row_of[one.category], one.born] += one.size_bytes

@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memseg.planning.cards import Card
 from memseg.profiling.alive import AliveTensor, alive_at_peak
 from memseg.profiling.card_memory import CardMemory
 from memseg.profiling.step import StepProfile
 from memseg.profiling.timeline import Timeline
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 MODEL_ITSELF = "(model)"
 """What the model computes outside of its layers."""
@@ -96,7 +99,7 @@ class ProfileReport:
     @property
     def step_s(self) -> float:
         """Estimated seconds of the whole step, the optimizer's included."""
-        return sum(self.card.seconds(work, self.profile.precision) for work in self.profile.work.values())
+        return sum(self.card.seconds(work) for work in self.profile.work.values())
 
     @property
     def peak_moment(self) -> str:
@@ -109,6 +112,12 @@ class ProfileReport:
     def alive(self) -> list[AliveTensor]:
         """What is alive at the peak, largest first."""
         return alive_at_peak(self.timeline, self.profile.levels)
+
+    def __rich__(self) -> "RenderableType":
+        """What `rich.print` shows."""
+        from memseg.reports.profile_view import profile_view
+
+        return profile_view(self, self.rows())
 
     def headline(self) -> str:
         """What was profiled, in one line."""
@@ -144,8 +153,8 @@ class ProfileReport:
                     saved_bytes=layer.row.saved_bytes,
                     peak_bytes=layer.row.peak_bytes,
                     parameter_bytes=layer.row.parameter_bytes,
-                    forward_s=self.card.seconds(layer.forward, self.profile.precision),
-                    backward_s=self.card.seconds(layer.backward, self.profile.precision),
+                    forward_s=self.card.seconds(layer.forward),
+                    backward_s=self.card.seconds(layer.backward),
                     flops=work.flops,
                     moved_bytes=work.moved_bytes,
                 )
@@ -176,9 +185,7 @@ def profile_object(report: ProfileReport, rows: Iterable[ProfileRow]) -> dict[st
     }
     if memory.replay is not None:
         found["beyond_tensors"] = {
-            "context_bytes": memory.context_bytes,
-            "nccl_bytes": memory.nccl_bytes,
-            "cublas_bytes": memory.cublas_bytes,
+            "terms": [asdict(term) for term in memory.terms],
             "reserved_but_not_allocated_bytes": memory.unallocated_bytes,
             "segments": memory.replay.num_segments,
         }

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memseg.planning.cards import Card
+from memseg.profiling.timeline import Category
 from memseg.reports.profile import ProfileReport, ProfileRow
 from memseg.units import format_bytes, format_seconds
 
@@ -46,7 +47,15 @@ def profile_view(report: ProfileReport, rows: Sequence[ProfileRow], *, tree: boo
         f"about {format_seconds(report.step_s)} a step",
         style="dim",
     )
-    parts = [_categories(report), Text(), _alive(report), Text(), _layers(rows, tree=tree), Text(), notes]
+    parts: list[RenderableType] = [
+        _categories(report),
+        Text(),
+        _alive(report),
+        Text(),
+        _layers(rows, tree=tree),
+        Text(),
+        notes,
+    ]
     return Group(*lines, Text(), *parts)
 
 
@@ -79,12 +88,10 @@ def _device_line(report: ProfileReport) -> str:
     memory = report.memory
     assert memory.peak_reserved_bytes is not None
     assert memory.device_total_bytes is not None
-    parts = [f"{format_bytes(memory.context_bytes)} CUDA context"]
-    if memory.nccl_bytes:
-        parts.append(f"{format_bytes(memory.nccl_bytes)} NCCL")
+    outside = [f"{term.name} {format_bytes(term.size_bytes)}" for term in memory.terms if not term.in_allocator]
     return (
-        f"{format_bytes(memory.peak_reserved_bytes)} reserved by the allocator; {format_bytes(memory.device_total_bytes)} "
-        f"on the device, with {' and '.join(parts)}"
+        f"{format_bytes(memory.peak_reserved_bytes)} reserved by the allocator, "
+        f"{format_bytes(memory.device_total_bytes)} on the device with {', '.join(outside)}"
     )
 
 
@@ -100,18 +107,21 @@ def _categories(report: ProfileReport) -> Table:
 
 def _alive(report: ProfileReport) -> Table:
     """The largest tensors at the peak, and one line for all others."""
-    table = _table("alive at the peak", "bytes", "made by", "operation", "tensor", "waits for", "rebuilt at")
-    for column in table.columns[2:]:
-        column.justify = "left"
-    shown = [one for one in report.alive if one.category != "parameter"][:ALIVE_ROWS]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("alive at the peak", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True, min_width=9)
+    for heading in ("made by", "operation", "tensor", "waits for"):
+        table.add_column(heading, overflow="ellipsis", no_wrap=True)
+    table.add_column("rebuilt at", no_wrap=True)
+    shown = [one for one in report.alive if one.category is not Category.PARAMETER][:ALIVE_ROWS]
     for one in shown:
         table.add_row(
             one.category,
             format_bytes(one.size_bytes),
-            one.made_by,
+            Text(one.made_by),
             one.operation.removeprefix("aten."),
             f"{one.dtype} {'x'.join(map(str, one.shape))}" if one.shape else "",
-            f"{one.waits_for[0]} of {one.waits_for[1] or 'the step'}" if one.waits_for else "",
+            Text(f"{one.waits_for[0]} of {one.waits_for[1] or 'the step'}" if one.waits_for else ""),
             one.removed_by or "",
         )
     others = [one for one in report.alive if one not in shown]
@@ -166,9 +176,10 @@ def tree_lines(rows: Sequence[ProfileRow]) -> list[tuple[str, ProfileRow]]:
                 headed.add(path)
                 inside = [one for one in rows if one.name == path or one.name.startswith(f"{path}.")]
                 lines.append(("  " * depth + parts[depth], _total(path, inside)))
-        label = "(itself)" if row.name in holders else parts[-1]
-        depth = len(parts) - (row.name not in holders)
-        lines.append(("  " * depth + label, row))
+        if row.name not in holders:
+            lines.append(("  " * (len(parts) - 1) + parts[-1], row))
+        elif row.saved_bytes or row.parameter_bytes or row.flops:
+            lines.append(("  " * len(parts) + "(itself)", row))
     return lines
 
 

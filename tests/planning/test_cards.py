@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from memseg.errors import InputError, ProblemsError, UnknownNameError
-from memseg.planning import Work, known_cards, load_card, parse_cards
+from memseg.planning import Card, Work, known_cards, load_card, parse_cards
+from memseg.planning.cards import parse_capability
 from memseg.resources import shipped_folder
 from memseg.units import GIB
 
@@ -24,7 +25,18 @@ def test_every_shipped_profile_is_a_card_with_sources(path: Path):
     assert 10e9 < loaded.bandwidth < 4e12
     assert 1e9 < loaded.link < 100e9
     figures = {"capacity", "reserve", "flops", "bandwidth", "link", "efficiency"}
-    assert set(loaded.sources) == figures | ({"compute_capability"} if loaded.kind == "cuda" else set())
+    optional = {"convolution_flops", "half_flops"}
+    assert set(loaded.sources) - optional == figures | ({"compute_capability"} if loaded.kind == "cuda" else set())
+
+
+@pytest.mark.parametrize("known", known_cards(), ids=lambda known: known.name)
+def test_cards_with_tensor_cores_know_their_rate_in_half_precision_and_in_tf32_where_it_is_faster(known: Card):
+    capability = parse_capability(known.compute_capability or "0.0")
+    assert (known.half_flops is not None) == (capability >= (7, 0))
+    assert known.half_flops is None or 1.9 < known.half_flops / known.flops < 17
+    if known.convolution_flops is not None:
+        assert capability >= (8, 0)
+        assert known.convolution_flops == pytest.approx(known.half_flops / 2, rel=0.01)
 
 
 def test_the_cards_of_the_paper_and_of_today_are_known_from_small_to_large():
@@ -91,3 +103,19 @@ def test_all_problems_of_a_card_file_are_told_at_once(tmp_path: Path):
     assert len(caught.value.problems) == 2
     assert "try 6.5 TFLOP/s" in str(caught.value)
     assert "try 256 GB/s" in str(caught.value)
+
+
+def test_a_card_file_may_give_rates_of_convolutions_and_half_precision_and_an_overhead(tmp_path: Path):
+    path = tmp_path / "mine.toml"
+    extra = {"convolution_flops": "7 TFLOP/s", "half_flops": "20.5 TFLOP/s", "overhead": "4.5 us"}
+    tables = [f'[{name}]\nvalue = "{value}"\nsource = "a test of the form"\n' for name, value in extra.items()]
+    path.write_text("\n".join([gtx1070_text(), *tables]))
+    card = load_card(path)
+    assert (card.convolution_flops, card.half_flops, card.overhead_s) == (7e12, 20.5e12, 4.5e-6)
+    assert set(extra) <= set(card.sources)
+    path.write_text(path.read_text().replace("4.5 us", "4.5 s").replace('"6.1"', '"sm_61"'))
+    with pytest.raises(ProblemsError) as caught:
+        load_card(path)
+    assert len(caught.value.problems) == 2
+    assert "try 8.6" in str(caught.value)
+    assert "try 5 us" in str(caught.value)

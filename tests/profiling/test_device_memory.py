@@ -63,12 +63,12 @@ def test_nccl_takes_12_mib_for_each_channel_of_the_ring_and_none_for_one_rank():
         nccl_bytes(0)
 
 
-def test_the_terms_add_up_to_what_was_seen_on_two_a100():
+def test_the_terms_of_two_a100_add_up_to_the_report_that_the_context_was_derived_from():
     # 6753 MB used, 5964 reserved: meta-pytorch/torchrec pull request 3580.
     terms = device_terms("8.0", world_size=2)
     assert sum(term.size_bytes for term in terms if not term.in_allocator) == (6753 - 5964) * MIB
 
 
 def test_a_compute_capability_is_two_numbers():
-    with pytest.raises(InputError, match="MAJOR.MINOR, got 'sm_86'; try 8.6"):
+    with pytest.raises(InputError, match=r"MAJOR\.MINOR, got 'sm_86'; try 8\.6"):
         context_bytes("sm_86")

@@ -119,6 +119,14 @@ def test_an_allocation_has_its_category_and_a_free_the_frames_of_its_allocation(
     assert first[1]["frames"][0] == {"name": "aten.convolution", "filename": "operator", "line": 0}
 
 
+def test_a_free_that_another_event_completes_keeps_the_frames_of_its_allocation(tmp_path):
+    events = [Event(0, 3 * MIB), Event(0, REQUEST_FREE), Event(9, EMPTY_CACHE)]
+    trace = pickle.loads(write(tmp_path / "step.pickle", events).read_bytes())["device_traces"][0]
+    frames_of = {entry["action"]: [frame["name"] for frame in entry["frames"]] for entry in trace}
+    assert frames_of["free_completed"][0] == "aten.convolution"
+    assert frames_of["segment_free"] == ["empty_cache"]
+
+
 def test_a_refused_request_is_recorded_as_torch_records_it(tmp_path):
     told = view("trace", write(tmp_path / "step.pickle", capacity_bytes=30 * MIB))
     assert "raise OutOfMemoryError # 18.0MiB requested, 10.0MiB free in CUDA" in told

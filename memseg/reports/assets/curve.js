@@ -29,10 +29,10 @@ class Curve {
   }
 
   show(step, held) {
-    if (this.step !== step) [this.left, this.right] = [step.start, step.end];
-    this.step = step;
     this.held = held;
-    this.#draw();
+    if (this.step === step) return this.#draw();
+    this.step = step;
+    this.zoom();
   }
 
   /** Show [left, right) of the instants; the whole step without arguments. */
@@ -61,6 +61,7 @@ class Curve {
       this.#phases(), this.#areas(), this.#axes(), this.#limit(), this.#marks(), this.overlay,
     );
     this.#drawCursor();
+    this.#tell(this.cursor ?? this.held ?? this.step.peak);
   }
 
   /** Cut what is shown into columns: `edges` bound them, `instants` are the fullest of each. */
@@ -122,7 +123,7 @@ class Curve {
     const group = svgElement("g", { class: "axes" });
     const { left, right, bottom } = this.plot;
     const [unit, unitName] = this.step.total[this.step.peak] >= GIB ? [GIB, "GiB"] : [MIB, "MiB"];
-    const step = niceStep(this.highest / unit / 5);
+    const step = niceStep(this.highest / unit / 8);
     for (let tick = 0; tick * unit <= this.highest; tick += step) {
       const y = this.#y(tick * unit);
       const label = `${Number(tick.toFixed(6))} ${unitName}`;
@@ -150,11 +151,13 @@ class Curve {
     const group = svgElement("g", { class: "limit" });
     if (!limit) return group;
     const { left, right, top } = this.plot;
+    const peakIsLate = this.step.peak > (this.left + this.right) / 2;
+    const side = peakIsLate ? { x: left + 6, "text-anchor": "start" } : { x: right - 6, "text-anchor": "end" };
     const inside = limit.size <= this.highest;
     const y = inside ? this.#y(limit.size) : top;
     if (inside) group.append(svgElement("line", { x1: left, x2: right, y1: y, y2: y }));
     const label = inside ? limit.label : `↑ ${limit.label}`;
-    group.append(svgElement("text", { x: right - 4, y: inside ? y - 6 : top - 9, "text-anchor": "end" }, label));
+    group.append(svgElement("text", { ...side, y: inside ? y - 6 : top + 14 }, label));
     return group;
   }
 
@@ -204,10 +207,16 @@ class Curve {
   #point(column, x, y) {
     this.cursor = this.instants[column];
     this.#drawCursor();
-    showTooltip(x, y, ...this.describe(this.step, this.cursor));
-    const { start, end } = this.step;
-    const text = `${formatBytes(this.step.total[this.cursor])}, ${this.step.phase(this.cursor)}`;
-    const told = { valuemin: 0, valuemax: end - start - 1, valuenow: this.cursor - start, valuetext: text };
+    this.#tell(this.cursor);
+    if (this.drag?.moved) hideTooltip();
+    else showTooltip(x, y, ...this.describe(this.step, this.cursor));
+  }
+
+  /** Say to who does not see the picture which instant is meant. */
+  #tell(instant) {
+    const { start, end, total } = this.step;
+    const text = `${formatBytes(total[instant])}, ${this.step.phase(instant)}`;
+    const told = { valuemin: 0, valuemax: end - start - 1, valuenow: instant - start, valuetext: text };
     for (const [name, value] of Object.entries(told)) this.svg.setAttribute(`aria-${name}`, value);
   }
 

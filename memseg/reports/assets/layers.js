@@ -1,6 +1,6 @@
 // The table of layers: the rows of the profile as a tree, where a layer with parts has their total.
 
-const SUMS = ["saved", "parameters", "forward", "backward", "flops"];
+const SUMS = ["saved", "parameter", "forward", "backward", "flops"];
 
 /** Lines of a TreeTable; what a layer with parts has of its own becomes a line "(itself)" among them. */
 function layerTree(rows) {
@@ -49,22 +49,26 @@ function sumUp(line) {
 }
 
 function layerTable(table, root, count) {
-  const bytes = (title, hint) => ({
+  const bytes = (key, title, hint) => ({
     title,
     hint,
-    value: (line) => line[title],
-    cell: (line) => (line[title] ? formatBytes(line[title]) : "–"),
-    share: (line) => (line === root ? 0 : line[title] / Math.max(1, root[title])),
+    value: (line) => line[key],
+    cell: (line) => (line[key] ? formatBytes(line[key]) : "–"),
+    share: (line) => line[key] / Math.max(1, root[key]),
   });
-  const seconds = (title, hint) => ({ ...bytes(title, hint), cell: (line) => formatSeconds(line[title]) });
+  const seconds = (key, title, hint) => ({
+    ...bytes(key, title, hint),
+    cell: (line) => (line[key] ? formatSeconds(line[key]) : "–"),
+    share: (line) => line[key] / (root[key] || 1),
+  });
   const columns = [
     { title: "layer", text: true, value: (line) => line.label, cell: (line) => line.label, hint: "By name" },
-    bytes("saved", "Kept from forward to backward"),
-    bytes("peak", "The most that is allocated, by all, while the layer works"),
-    bytes("parameters", "Weights and buffers"),
-    seconds("forward", "Estimated from the card's rates"),
-    seconds("backward", "Estimated from the card's rates, with what is rebuilt"),
-    { ...bytes("flops"), title: "FLOPs", cell: (line) => formatFlops(line.flops), hint: "Of forward and backward" },
+    bytes("saved", "saved", "Kept from forward to backward"),
+    bytes("peak", "peak", "The most that is allocated, by all, while the layer works"),
+    bytes("parameter", "parameters", "Weights and buffers"),
+    seconds("forward", "forward", "Estimated from the card's rates"),
+    seconds("backward", "backward", "Estimated from the card's rates, with what is rebuilt"),
+    { ...bytes("flops", "FLOPs", "Of forward and backward"), cell: (line) => (line.flops ? formatFlops(line.flops) : "–") },
   ];
   return new TreeTable(table, columns, { footer: { ...root, parts: [] }, drawn: count });
 }

@@ -50,7 +50,7 @@ function describeInstant(step, instant) {
       element("td", {}, maker(step, one), element("small", {}, `${categoryOf(step, one).name} ${tensorText(step, one)}`)),
     ),
   );
-  nodes.push(element("table", {}, ...rows));
+  nodes.push(element("table", { className: "largest" }, ...rows));
   if (alive.length > rows.length) nodes.push(element("small", {}, `and ${formatCount(alive.length - rows.length)} more`));
   return nodes;
 }
@@ -136,16 +136,17 @@ function aliveTable() {
       hint: "Bytes, without the allocator's rounding",
       value: (line) => line.size,
       cell: (line) => formatBytes(line.size),
-      share: (line) => line.size / state.step.total[state.held ?? state.step.peak],
+      share: (line) => line.size / table.lines[0].size,
     },
     {
       ...text("category", "What it is for"),
+      whole: true,
       value: (line) => line.category.name,
       cell: (line) => element("span", {}, swatch(line.category), line.category.name),
     },
     text("made by", "The layer that made it", "layer"),
     text("operation", "The operator that made it", "operation"),
-    text("tensor", "Type and shape", "tensor"),
+    { ...text("tensor", "Type and shape", "tensor"), whole: true },
     text("waits for", "The phase and layer of the operation that reads it last", "waits"),
     text("rebuilt at", "The lowest recompute level of its segment at which it would not be kept", "level"),
   ];
@@ -203,8 +204,9 @@ const curve = new Curve(byId("curve"), profile, {
 const treemap = new Treemap(byId("treemap"), byId("path"), profile, describeAllocation);
 const alive = aliveTable();
 const layers = layerTree(profile.rows);
-const layerCount = (matches) => (byId("layers-count").textContent = `${formatCount(matches)} shown`);
-const layersTable = layerTable(byId("layers"), layers, layerCount);
+const layersTable = layerTable(byId("layers"), layers, (matches, wanted) => {
+  byId("layers-count").textContent = wanted ? `${formatCount(matches)} found` : "";
+});
 
 byId("whole-step").addEventListener("click", () => curve.zoom());
 byId("expand-all").addEventListener("click", () => layersTable.openAll());

@@ -21,6 +21,8 @@ class Step {
     /** Of each instant, the allocation that begins or ends there; -1 where none does. */
     this.event = new Int32Array(raw.instants).fill(-1);
     this.#sum(raw.instants);
+    const size = (index) => this.get(index, "size");
+    this.largestFirst = [...this.kind.keys()].filter(size).sort((one, other) => size(other) - size(one));
   }
 
   #sum(instants) {
@@ -49,11 +51,7 @@ class Step {
 
   /** Indices of what is allocated after an instant, largest first. */
   alive(instant) {
-    const found = [];
-    for (let index = 0; index < this.kind.length && this.born[index] <= instant; index++) {
-      if (instant < this.died[index] && this.get(index, "size")) found.push(index);
-    }
-    return found.sort((one, other) => this.get(other, "size") - this.get(one, "size"));
+    return this.largestFirst.filter((index) => this.born[index] <= instant && instant < this.died[index]);
   }
 
   /** The instant of [left, right) at which most is allocated. */

@@ -4,9 +4,10 @@ class TreeTable {
   /**
    * @param table The element.
    * @param columns Of each: `title`, `hint`, `value` (what is sorted by), `cell` (what is shown), whether it is
-   *     `text`, and `share` (the length of its bar, in [0, 1]) where it has one. The first column is indented.
+   *     `text` (and kept `whole`, on one line), and `share` (the length of its bar, in [0, 1]) where it has one.
+   *     The first column is indented.
    * @param options `limit`: lines to show at most. `footer`: a line below all. `drawn`: called with how many lines
-   *     match, and how many there are.
+   *     match, and the text that they match.
    *
    * A line has `key`, `name` (what a filter looks into) and `parts`, the lines inside it.
    */
@@ -46,7 +47,7 @@ class TreeTable {
     const parts = [this.#head(), body];
     if (this.footer) parts.push(element("tfoot", {}, this.#row(this.footer, 0)));
     this.table.replaceChildren(...parts);
-    this.drawn(seen.matches, this.lines);
+    this.drawn(seen.matches, this.wanted);
   }
 
   #append(body, lines, depth, seen) {
@@ -111,7 +112,8 @@ class TreeTable {
   #row(line, depth, forcedOpen = false) {
     const row = element("tr");
     this.columns.forEach((column, order) => {
-      const cell = element("td", { className: column.text ? "text" : "number" }, column.cell(line));
+      const kind = column.text ? `text${column.whole ? " whole" : ""}` : "number";
+      const cell = element("td", { className: kind }, column.cell(line));
       if (!order) this.#indent(cell, line, depth, forcedOpen);
       const share = column.share?.(line);
       if (share) {

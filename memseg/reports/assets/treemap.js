@@ -103,8 +103,9 @@ class Treemap {
     made.dataset.layer = part.label;
     made.dataset.bytes = part.size;
     const size = `${formatBytes(part.size)}, ${formatShare(part.size, this.root.size)}`;
-    if (box.width > 60 && box.height > 34) {
-      made.append(element("span", { className: "label" }, part.label, element("small", {}, size)));
+    if (box.width > 48 && box.height > 30) {
+      const roomy = box.width > 60 + 8 * (part.label.length + size.length);
+      made.append(element("span", { className: "label" }, part.label, roomy ? element("small", {}, size) : null));
     }
     const enter = () => this.#go([...this.shown, part.label]);
     made.tabIndex = 0;

@@ -1,0 +1,64 @@
+"""`memseg cards --calibrate` as its users run it: real processes, a short measurement."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memseg.planning import load_card
+
+
+def memseg(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "memseg.cli.main", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
+
+
+def test_a_calibrated_machine_is_a_card_that_profile_uses_and_no_file_is_overwritten_unasked(tmp_path: Path):
+    done = memseg("cards", "--calibrate", "--quick", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "wrote this-machine.toml; use it by --card this-machine.toml" in done.stderr
+    (told,) = json.loads(done.stdout)["cards"]
+    path = tmp_path / "this-machine.toml"
+    card = load_card(path)
+    assert told["flops_per_s"] == card.flops
+    assert told["half_flops_per_s"] == card.half_flops > 0
+    assert told["overhead_s"] == card.overhead_s > 0
+    assert set(told["sources"]) == {
+        *("capacity", "reserve", "flops", "convolution_flops", "half_flops", "bandwidth", "link", "overhead"),
+        "efficiency",
+    }
+    written = path.read_text()
+
+    again = memseg("cards", "--calibrate", "--quick", folder=tmp_path)
+    assert again.returncode == 2
+    assert "this-machine.toml is there already; --force overwrites it" in again.stderr
+    assert path.read_text() == written
+
+    small = ("ladder-densenet-mini", "--image", "128x256", "--batch", "1")
+    profiled = memseg("profile", *small, "--card", "this-machine.toml", "--json", folder=tmp_path)
+    assert profiled.returncode == 0, profiled.stderr
+    assert json.loads(profiled.stdout)["model"] == "ladder-densenet-mini"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--calibrate", "mine.txt"], "must end in .toml"),
+        (["--calibrate", "nowhere/mine.toml"], "make nowhere first"),
+        (["gtx1070", "--calibrate"], "no card goes with it, got 'gtx1070'"),
+        (["--quick"], "--quick goes with --calibrate"),
+        (["--force"], "--force goes with --calibrate"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused_at_once(arguments: list[str], told: str, tmp_path: Path):
+    done = memseg("cards", *arguments, folder=tmp_path)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
