@@ -3,10 +3,12 @@
     memseg.profile(model, inputs, ...)      what a training step of any model would allocate
     memseg.profile_placed(...)              the same for a model over several cards
 
-Importing this package changes nothing in the process; what these need is imported when they are first asked for.
+Importing this package changes nothing in the process and loads nothing else; what these functions need is imported when
+they are first asked for.
 """
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False
+"""As typing has it, without importing that; type checkers take it for true."""
 
 if TYPE_CHECKING:
     from memseg.api import profile, profile_placed
@@ -16,9 +18,10 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "profile", "profile_placed"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in ("profile", "profile_placed"):
         from memseg import api
 
-        return getattr(api, name)
+        function: object = getattr(api, name)
+        return function
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "memseg"
 SHARED = {"errors", "files", "levels", "units"}
 """What every folder may import."""
+AT_THE_TOP = {"api.py": {"planning", "profiling", "reports"}, "__init__.py": {"api"}}
+"""What single files may import beside that."""
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -76,7 +78,7 @@ def test_imports_point_one_way():
     wrong += [
         f"{path.relative_to(ROOT)} imports memseg.{name}"
         for path in sorted(PACKAGE.glob("*.py"))
-        for name in sorted(imported(path) - SHARED)
+        for name in sorted(imported(path) - SHARED - AT_THE_TOP.get(path.name, set()))
     ]
     assert wrong == []
 

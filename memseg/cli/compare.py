@@ -15,8 +15,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         run,
         summary="Show what a change did: two profiles side by side, the layers that changed most first.",
         examples=[
-            "memseg profile ladder-densenet121 --card gtx1070 --json > before.json",
-            "memseg profile ladder-densenet121 --card gtx1070 --recompute units --json > after.json",
             "memseg compare before.json after.json",
             "memseg compare before.json after.json --sort time --top 20 --png difference.png",
             "memseg compare before.json after.json --json",
@@ -24,7 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     for name in ("before", "after"):
         parser.add_argument(
-            name, metavar=name.upper(), type=Path, help=f"the profile from {name}: what memseg profile --json printed"
+            name, metavar=name.upper(), type=Path, help=f"what memseg profile MODEL --json > {name}.json wrote"
         )
     parser.add_argument(
         "--sort",

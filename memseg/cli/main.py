@@ -18,6 +18,8 @@ COMMANDS = {
     "recipes": "recipes",
     "cards": "cards",
     "profile": "profile",
+    "compare": "compare",
+    "replay": "replay",
     "plan": "plan",
     "train": "train",
     "eval": "evaluate",

@@ -13,6 +13,7 @@ that segment alone allocates. What several segments share (the tensors that pass
 All sizes are bytes, all work is for the whole batch.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -51,13 +52,18 @@ class Work:
     never wait for memory."""
 
     def __add__(self, other: "Work") -> "Work":
+        return Work.total((self, other))
+
+    @staticmethod
+    def total(parts: Iterable["Work"]) -> "Work":
+        """All of it together; none is no work."""
+        parts = list(parts)
+        products = merged(one for part in parts for one in part.products)
         return Work(
-            self.flops + other.flops,
-            self.moved_bytes + other.moved_bytes,
-            self.operations + other.operations,
-            merged(self.products + other.products)
-            if self.products and other.products
-            else self.products or other.products,
+            sum(part.flops for part in parts),
+            sum(part.moved_bytes for part in parts),
+            sum(part.operations for part in parts),
+            products,
         )
 
 

@@ -42,8 +42,8 @@ class CardMemory:
 
     @property
     def unallocated_bytes(self) -> int:
-        """Reserved but not allocated when most is reserved."""
-        return self.replay.unallocated_bytes if self.replay else 0
+        """Reserved beyond what is ever allocated: rounding of segments, and fragmentation."""
+        return self.peak_reserved_bytes - self.peak_allocated_bytes if self.peak_reserved_bytes else 0
 
 
 def card_memory(

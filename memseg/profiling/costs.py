@@ -9,7 +9,7 @@ Layers copy what lies in memory otherwise than they need it, so stand-ins are la
 the plain network for level `none`, as in the recomputing one for all others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,6 +193,7 @@ def _level_cost(
         root.backward()
         backward_peak = tracer.peak_bytes - kept - _size_bytes(out)
         held_peak = _peak_beside_gradient(tracer.timeline()) - kept
+    work = tracer.take_work()
     return LevelCost(
         recompute=level,
         saved_bytes=saved_bytes,
@@ -201,8 +202,8 @@ def _level_cost(
         forward_peak_bytes=forward_peak,
         backward_peak_bytes=max(0, backward_peak),
         backward_peak_held_bytes=max(0, held_peak),
-        forward=_total(tracer, Phase.FORWARD),
-        backward=_total(tracer, Phase.BACKWARD),
+        forward=_total(work, Phase.FORWARD),
+        backward=_total(work, Phase.BACKWARD),
     )
 
 
@@ -216,8 +217,8 @@ def _peak_beside_gradient(timeline: Timeline) -> int:
     return max(rest.curve[timeline.backward_start :], default=0)
 
 
-def _total(tracer: StepTracer, phase: Phase) -> Work:
-    return sum((work for (of, _), work in tracer.work.items() if of is phase), Work(0, 0))
+def _total(work: Mapping[tuple[Phase, str], Work], phase: Phase) -> Work:
+    return Work.total(part for (of, _), part in work.items() if of is phase)
 
 
 def _size_bytes(layout: _Layout) -> int:

@@ -65,9 +65,19 @@ def pointwise_of_input(shape: "Shape") -> int:
 def _sums(shape: "Shape", channels: int) -> int:
     if not shape.is_half:
         return 0
-    # Where there are fewer images than threads, these share out the channels.
-    parts = _threads() if shape.images < _threads() and not shape.channels_last else 1
-    return _booked(_threads() * shape.out_pixels * _blocked(_up(channels, parts)) * 4)
+    return _booked(_threads() * shape.out_pixels * _blocked(_up(channels, _channel_parts(shape, channels))) * 4)
+
+
+def _channel_parts(shape: "Shape", channels: int) -> int:
+    """Where there are fewer images than threads, these may share out channels too, if they read less that way."""
+    threads = _threads()
+    if shape.images >= threads or shape.channels_last:
+        return 1
+
+    def read(parts: int) -> float:
+        return (1 if parts == threads else 1.3) * (shape.images * shape.out_pixels * parts / threads + channels / parts)
+
+    return min((parts for parts in range(1, threads + 1) if threads % parts == 0), key=read)
 
 
 def pointwise_of_weight(shape: "Shape") -> int:

@@ -1,10 +1,12 @@
-"""Memory that memseg's own operators take while they run: a few bands, whatever the size of the map.
+"""What memseg's own operators take and compute inside themselves: a few bands, whatever the size of the map.
 
 A trace sees an operator of `memseg.nn` as one operation, with its outputs alone. What it allocates and frees inside
-itself is found by tracing its body too, on fake tensors of a few bands, once for each shape.
+itself, and what it computes, is found by tracing its body too, on meta tensors of a few bands, once for each shape. The
+memory is that of the bands, whatever the size of the map; the work is multiplied by how much larger the whole map is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,21 +16,32 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from memseg.nn.banded import BANDED_OPERATORS
 from memseg.nn.layout import bands_of
-
-PeakOf = Callable[[Callable[[], Any], list[Tensor]], int]
-"""Peak bytes while a function runs, beyond what given tensors take."""
-
-_known: dict[Any, int] = {}
+from memseg.planning.costs import Work
 
 
-def operator_scratch(func: Any, args: tuple[Any, ...], device: str, peak_of: PeakOf) -> int | None:
-    """Bytes that an operator of ours allocates beside what it returns, at the most; None for other operators.
+@dataclass(frozen=True)
+class Inside:
+    """What happens in one call of an operator."""
+
+    scratch_bytes: int
+    """Allocated beside what it returns, at the most."""
+    work: Work
+
+
+Trace = Callable[[Callable[[], Any], list[Tensor]], tuple[int, Work]]
+"""Runs a function that reads given tensors: peak bytes beyond what they take, and all work."""
+
+_known: dict[Any, Inside] = {}
+
+
+def look_inside(func: Any, args: tuple[Any, ...], device: str, trace: Trace) -> Inside | None:
+    """What an operator of ours takes and computes; None for other operators.
 
     Args:
         func: The operator (an overload of torch.ops).
         args: Its arguments.
         device: "cpu" or "cuda", where the operation would run.
-        peak_of: Traces what it is given.
+        trace: Traces what it is given.
     """
     operator = BANDED_OPERATORS.get(func.overloadpacket)
     if operator is None:
@@ -36,22 +49,36 @@ def operator_scratch(func: Any, args: tuple[Any, ...], device: str, peak_of: Pea
     key = func, device, torch.get_num_threads(), _description(args)
     if key not in _known:
         with unset_fake_temporarily(), bands_of(device):
-            narrow = operator.narrow(*tree_map(_fake_twin, list(args)))
+            narrow = operator.narrow(*tree_map(_meta_twin, list(args)))
             made: list[Any] = []
-            tensors = [leaf for leaf in tree_leaves(narrow) if isinstance(leaf, Tensor)]
-            peak = peak_of(lambda: made.append(operator.body(*narrow)), tensors)
-            _known[key] = peak - sum(leaf.nbytes for leaf in tree_leaves(made) if isinstance(leaf, Tensor))
+            peak, work = trace(lambda: made.append(operator.body(*narrow)), list(_tensors(narrow)))
+            whole, part = (max(tensor.numel() for tensor in _tensors(tensors)) for tensors in (args, narrow))
+            scratch = peak - sum(tensor.nbytes for tensor in _tensors(made))
+            _known[key] = Inside(scratch, _multiplied(work, whole / part))
     return _known[key]
 
 
-def _fake_twin(value: Any) -> Any:
+def _multiplied(work: Work, factor: float) -> Work:
+    products = tuple(
+        replace(one, flops=round(one.flops * factor), moved_bytes=round(one.moved_bytes * factor))
+        for one in work.products
+    )
+    flops = sum(one.flops for one in products)
+    return Work(flops, round(work.moved_bytes * factor), round(work.operations * factor), products)
+
+
+def _meta_twin(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
 def _description(args: Any) -> tuple[Any, ...]:
-    """Everything that the memory of a call depends on, as a key."""
+    """Everything that a call depends on, as a key."""
     return tuple(
         (tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, Tensor) else leaf
         for leaf in tree_leaves(list(args))

@@ -156,19 +156,18 @@ def _trace(job: Job, tracer: StepTracer, device: str, data_parallel: DataParalle
     with tracer.tracing():
         for _ in range(min(job.accumulation, 2)):
             loss = run_batch(job, begin=tracer.begin, layer=tracer.layer)
-            work.append(dict(tracer.work))
-            tracer.work.clear()
+            work.append(tracer.take_work())
         for name, tensors in owners:
             tracer.know([one.grad for one in tensors if one.grad is not None], Category.GRADIENT, name)
         first_update = tracer.begin(Phase.OPTIMIZER)
         if job.optimizer is not None:
             job.optimizer.step()
             tracer.know(optimizer_state(job.optimizer), Category.OPTIMIZER_STATE)
-            tracer.work.clear()
+            tracer.take_work()
         second_update = tracer.begin(Phase.OPTIMIZER)
         if job.optimizer is not None:
             job.optimizer.step()
-            work.append(dict(tracer.work))
+            work.append(tracer.take_work())
     seen = tracer.timeline()
     del loss
     repeated = work[:1] + work[1:2] * (job.accumulation - 1) + work[-1:] if job.accumulation > 1 else work

@@ -95,12 +95,12 @@ class Timeline:
             change[allocation.died] -= allocation.size_bytes
         return list(accumulate(change[: self.instants]))
 
-    @property
+    @cached_property
     def peak_allocated_bytes(self) -> int:
         """The most that is allocated at once."""
         return max(self.curve, default=0)
 
-    @property
+    @cached_property
     def peak_instant(self) -> int:
         """The first instant of the peak."""
         return self.curve.index(self.peak_allocated_bytes) if self.curve else 0

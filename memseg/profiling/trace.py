@@ -22,18 +22,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from memseg.planning.costs import Work
-from memseg.profiling.scratch import operator_scratch
+from memseg.profiling.scratch import look_inside
 from memseg.profiling.shapes import run_by_shape
 from memseg.profiling.timeline import Allocation, Category, Phase, Timeline
-from memseg.profiling.workspace import Transient, convolution_workspace
+from memseg.profiling.transient import Transient
+from memseg.profiling.work import operation_work
+from memseg.profiling.workspace import kernel_workspace
 
 _aten = torch.ops.aten
 _DEVICE_OF = torch.ops.prim.device.default
-_COMPOSITE = {_aten.conv2d.default, _aten.conv2d.padding, _aten.linear.default}
-_FREE_OF_TRAFFIC = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty_strided}
 
 
 @dataclass(slots=True)
@@ -104,7 +103,7 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self.phase = Phase.SETUP
-        self.work: defaultdict[tuple[Phase, str], Work] = defaultdict(lambda: Work(0, 0))
+        self._work: defaultdict[tuple[Phase, str], list[Work]] = defaultdict(list)
         self._names = {module: name for name, module in modules}
         self.lives: list[Live] = []
         self._by_storage: dict[int, Live] = {}
@@ -172,6 +171,12 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         layer = self._last
         return f"layer {layer}" if layer else "the model itself"
 
+    def take_work(self) -> dict[tuple[Phase, str], Work]:
+        """What was computed since this was last asked, by phase and layer."""
+        taken = {key: Work.total(parts) for key, parts in self._work.items()}
+        self._work.clear()
+        return taken
+
     def is_alive(self, storage_key: int) -> bool:
         """Whether the storage of that `key` still exists."""
         return storage_key in self._by_storage
@@ -197,7 +202,7 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Asked more often than anything is computed, whenever torch looks where a fake tensor lies.
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
-        if func in _COMPOSITE:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             # Below autograd's own dispatch, as in the body of a banded operator, these arrive whole.
             with self:
                 return func.decompose(*args, **kwargs)
@@ -211,17 +216,20 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for live in inputs:
             live.reader = self.phase, layer
         self._card = inputs[0].card if inputs else self.card_of(layer)
-        transients = convolution_workspace(func, args, self._device)
-        scratch = operator_scratch(func, args, self._device, self._peak_of)
-        if scratch is not None:
-            transients.append(Transient(len(made), scratch))
+        inside = look_inside(func, args, self._device, self._trace_inside)
+        if inside is None:
+            transients = kernel_workspace(func, args, kwargs, self._device)
+        else:
+            transients = [Transient(len(made), inside.scratch_bytes)]
         for index, tensor in enumerate(made):
             self._allocate_briefly(transients, index, layer, name)
             live = self._see(tensor, layer, name)
             if func is _aten._to_copy.default and self._is_parameter(args[0]):
                 live.category = live.category or Category.AUTOCAST
         self._allocate_briefly(transients, len(made), layer, name)
-        self._count_work(func, args, kwargs, out, [*read, *made], layer)
+        work = inside.work if inside else operation_work(func, args, kwargs, out)
+        if work.operations:
+            self._work[self.phase, layer].append(work)
         return out
 
     def _is_parameter(self, tensor: Tensor) -> bool:
@@ -231,13 +239,13 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _live(self, tensor: Tensor) -> Live | None:
         return self._by_storage.get(tensor.untyped_storage()._cdata)
 
-    def _peak_of(self, run: Callable[[], Any], inputs: list[Tensor]) -> int:
+    def _trace_inside(self, run: Callable[[], Any], inputs: list[Tensor]) -> tuple[int, Work]:
         tracer = StepTracer(device=self._device)
         tracer.know(inputs, Category.INPUT)
         before = tracer.allocated_bytes
         with tracer:
             run()
-        return tracer.peak_bytes - before
+        return tracer.peak_bytes - before, Work.total(tracer.take_work().values())
 
     def _see(self, tensor: Tensor, layer: str, operation: str) -> Live:
         storage = tensor.untyped_storage()
@@ -285,15 +293,6 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.lives.append(live)
                 self.instant += 2
                 self.peak_bytes = max(self.peak_bytes, self.allocated_bytes + transient.size_bytes)
-
-    def _count_work(self, func: Any, args: Any, kwargs: Any, out: Any, tensors: list[Tensor], layer: str) -> None:
-        packet = func.overloadpacket
-        flops = moved = 0
-        if packet in flop_registry:
-            flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
-        if packet not in _FREE_OF_TRAFFIC and not func.is_view and (not flops or func.namespace != "aten"):
-            moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        self.work[self.phase, layer] += Work(flops, moved)
 
     def _layer(self) -> str:
         if self._stack:

@@ -6,27 +6,17 @@ gets both, for `memseg.planning.roofline`.
 
 Bytes are those of operands and results, once for each time that a kernel goes over them: a batch norm reads a map for
 its statistics and again to normalise it. What stays in a cache between two operations is counted all the same.
-
-An operator of ours is one operation to a trace and hundreds inside. Its body is traced over a few bands, once for each
-shape, and what was found is multiplied by how much larger the whole map is.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from memseg.nn.banded import BANDED_OPERATORS, BandedOperator
-from memseg.nn.layout import bands_of
 from memseg.planning.costs import Work
 from memseg.planning.roofline import ProductKind, Products
-from memseg.profiling.shapes import run_by_shape
 
 _aten = torch.ops.aten
 _FREE = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty_strided}
@@ -37,79 +27,24 @@ _READS_ROWS = {_aten.embedding, _aten.index, _aten.index_select, _aten.gather}
 _KINDS = {torch.bfloat16: ProductKind.BFLOAT16, torch.float16: ProductKind.FLOAT16, torch.float64: ProductKind.FLOAT64}
 
 
-_bodies: dict[Any, Work] = {}
-
-
-def operation_work(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, device: str = "cpu") -> Work:
+def operation_work(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Work:
     """The work of one operation; none for views and for tensors that are only allocated.
+
+    For operators of ours `memseg.profiling.scratch` looks inside.
 
     Args:
         func: The operator (an overload of torch.ops), with its `args` and `kwargs`.
         out: What it returned.
-        device: "cpu" or "cuda", where the operation would run; operators of ours walk over larger bands on the latter.
     """
     packet = func.overloadpacket
     if func.is_view or packet in _FREE:
         return Work(0, 0)
-    operator = BANDED_OPERATORS.get(packet)
-    if operator is not None:
-        return _body_work(func, operator, args, device)
     moved = _moved_bytes(func, args, kwargs, out)
     flops, kernels = _flops(packet, args, kwargs, out)
     if not flops:
         return Work(0, moved, operations=int(moved > 0))
     products = Products.of(_kind(func, args), flops, moved)
     return Work(flops, 0, kernels, (products,))
-
-
-class _Counter(TorchDispatchMode):
-    """Adds up the work of all that runs inside."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.work = Work(0, 0)
-        self._device = device
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func._can_decompose():
-            # Below autograd's own dispatch, as in the body of an operator, these arrive whole.
-            with self:
-                return func.decompose(*args, **kwargs)
-        out = run_by_shape(func, args, kwargs)
-        self.work += operation_work(func, args, kwargs, out, self._device)
-        return out
-
-
-def _body_work(func: Any, operator: BandedOperator, args: tuple[Any, ...], device: str) -> Work:
-    shapes = tuple((tuple(t.shape), t.stride(), t.dtype) if isinstance(t, Tensor) else repr(t) for t in _leaves(args))
-    key = func, device, torch.get_num_threads(), shapes
-    if key not in _bodies:
-        with unset_fake_temporarily(), bands_of(device):
-            narrow = operator.narrow(*tree_map(_meta_twin, list(args)))
-            counter = _Counter(device)
-            with counter:
-                operator.body(*narrow)
-            whole, part = (max(map(Tensor.numel, _tensors(tensors))) for tensors in (args, narrow))
-            _bodies[key] = _multiplied(counter.work, whole / part)
-    return _bodies[key]
-
-
-def _multiplied(work: Work, factor: float) -> Work:
-    products = tuple(
-        replace(one, flops=round(one.flops * factor), moved_bytes=round(one.moved_bytes * factor))
-        for one in work.products
-    )
-    flops = sum(one.flops for one in products)
-    return Work(flops, round(work.moved_bytes * factor), round(work.operations * factor), products)
-
-
-def _meta_twin(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 def _leaves(value: Any) -> Iterator[Any]:

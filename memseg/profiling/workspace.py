@@ -7,8 +7,9 @@ operation returns something else than the real one. One file for each family of 
 from typing import Any
 
 from memseg.profiling.transient import Transient
-from memseg.profiling.workspace_convolution import convolution_workspace as _on_cpu
+from memseg.profiling.workspace_convolution import cpu_convolution_workspace
 from memseg.profiling.workspace_cuda import cuda_workspace
+from memseg.profiling.workspace_kernels import torch_kernel_workspace
 
 __all__ = ["Transient", "convolution_workspace", "kernel_workspace"]
 
@@ -24,7 +25,7 @@ def kernel_workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], d
     """
     if device != "cpu":
         return cuda_workspace(func, args)
-    return _on_cpu(func, args)
+    return cpu_convolution_workspace(func, args) or torch_kernel_workspace(func, args, kwargs)
 
 
 def convolution_workspace(func: Any, args: tuple[Any, ...], device: str) -> list[Transient]:

@@ -28,7 +28,7 @@ _OWN = (_Backend.Slow2d, _Backend.SlowDilated2d, _Backend.SlowTranspose2d)
 """The rest is oneDNN's: torch has no name for its transposed one."""
 
 
-def convolution_workspace(func: Any, args: tuple[Any, ...]) -> list[Transient]:
+def cpu_convolution_workspace(func: Any, args: tuple[Any, ...]) -> list[Transient]:
     """What a convolution or its backward allocates beside its outputs; nothing for other operations.
 
     Args:

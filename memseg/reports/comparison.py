@@ -11,6 +11,7 @@ would look like savings.
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -97,8 +98,8 @@ class StoredProfile(StrictModel):
         problems = [
             f"{name}: unknown key" for name, value in self.__pydantic_extra__.items() if not _is_setting(name, value)
         ]
-        names = [layer.name for layer in self.layers]
-        problems += [f"layers: {name} is there twice" for name in sorted({one for one in names if names.count(one) > 1})]
+        counts = Counter(layer.name for layer in self.layers)
+        problems += [f"layers: {name} is there twice" for name, count in counts.items() if count > 1]
         if sum(self.by_category.values()) != self.peak_tensor_bytes:
             problems.append("by_category: must add up to peak_tensor_bytes")
         if problems:
@@ -367,8 +368,8 @@ class Comparison:
         if depths[0] != depths[1]:
             words = [f"{depth} name{'s' if depth > 1 else ''} deep" for depth in depths]
             notes.append(
-                f"layers are told {words[0]} before and {words[1]} after; the deeper ones are added up here. For all of "
-                "them, profile both at the same --depth"
+                f"layers are told {words[0]} before and {words[1]} after; the deeper ones are added up here. "
+                "For all of them, profile both at the same --depth"
             )
         if self.before.card != self.after.card:
             notes.append(f"times are estimates for {self.before.card} before and for {self.after.card} after")
@@ -378,7 +379,8 @@ class Comparison:
     def differs(self) -> bool:
         """Whether anything is not the same."""
         changes = [*self.figures.values(), *self.beyond.values(), *self.categories.values()]
-        return bool(self.settings) or any(one.differs for one in (*changes, *self.layers))
+        is_other = any(change.differs for change in changes) or any(layer.differs for layer in self.layers)
+        return bool(self.settings) or is_other
 
     def total(self, measure: Measure) -> Change:
         """Of all layers: the sum, and of peaks the largest."""

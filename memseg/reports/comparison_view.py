@@ -122,7 +122,8 @@ def settings_line(settings: Mapping[str, Any]) -> str:
 def difference_line(comparison: Comparison) -> str:
     """What differs in the settings, in one line."""
     pairs = [
-        f"{name.replace('_', ' ')} {_setting(old)} → {_setting(new)}" for name, (old, new) in comparison.settings.items()
+        f"{name.replace('_', ' ')} {_setting(old)} → {_setting(new)}"
+        for name, (old, new) in comparison.settings.items()
     ]
     return ", ".join(pairs) if pairs else "same settings"
 
@@ -178,8 +179,8 @@ def _figures(comparison: Comparison) -> Table:
     step = ordered.pop(_FIGURES["step_seconds"])
     first = _FIGURES["peak_allocated_bytes"]
     changes = {**ordered, **beyond, _FIGURES["step_seconds"]: step}
-    # Bytes and seconds have no common measure but percent.
-    most = max(abs(change.percent or 0) for change in changes.values())
+    # Bytes and seconds have no common measure but percent; what has doubled fills its side.
+    most = min(100, max(abs(change.percent or 0) for change in changes.values()))
     table = _table("the step")
     for name, change in changes.items():
         is_time = change is step
@@ -217,6 +218,7 @@ def _layers(comparison: Comparison, measure: Measure, order: Order, top: int) ->
         amount = format_amount(total.after, is_time=is_time)
         return Text.assemble((_HEADINGS[measure], "bold"), f": nothing differs ({amount})")
     table = _table(_HEADINGS[measure], footer=total, is_time=is_time)
+    table.columns[0].footer = "the largest" if measure is Measure.PEAK else "all"
     most = max(layer.changes[measure].size for layer in changed)
     for layer in changed[:top]:
         change = layer.changes[measure]
@@ -239,7 +241,7 @@ def _rest_lines(others: Sequence[LayerChange], num_same: int, measure: Measure) 
             what += f", together by {format_amount(total, is_time=is_time, sign=True)}"
         yield f"{what}; --top {len(others) + TOP} shows more"
     if num_same:
-        yield f"{num_same} layer{' is' if num_same == 1 else 's are'} as before"
+        yield f"{num_same} other{' is' if num_same == 1 else 's are'} the same"
 
 
 def _cells(change: Change, shown: Amount | None, most: Amount, *, is_time: bool) -> list[RenderableType]:
@@ -256,10 +258,12 @@ def _cells(change: Change, shown: Amount | None, most: Amount, *, is_time: bool)
 
 
 def _percent(change: Change) -> str:
-    """In percent; nothing where nothing was before, and without decimals where they say nothing."""
+    """In percent, in a few letters; nothing where nothing was before."""
     if change.percent is None or not change.differs:
         return ""
-    return f"{change.percent:+.0f} %" if abs(change.percent) >= 1000 else f"{change.percent:+.1f} %"
+    if change.percent >= 10000:
+        return ">9999 %"
+    return f"{change.percent:+.0f} %" if change.percent >= 1000 else f"{change.percent:+.1f} %"
 
 
 def _table(first: str, *, footer: Change | None = None, is_time: bool = False) -> Table:

@@ -25,16 +25,18 @@ import memseg
 from memseg.files import replace_file
 from memseg.levels import Recompute
 from memseg.profiling.alive import removing_level
-from memseg.profiling.timeline import Allocation, Phase, Timeline
+from memseg.profiling.timeline import Allocation, Category, Phase, Timeline
 from memseg.reports.colours import CATEGORY_COLOURS
 from memseg.reports.phases import phase_spans
-from memseg.reports.profile import ProfileReport, ProfileRow
+from memseg.reports.profile import MODEL_ITSELF, ProfileReport, ProfileRow
 from memseg.reports.profile_view import fit_line, measured_line
 from memseg.units import format_bytes, format_seconds
 
 _SCRIPTS = ("units", "dom", "step", "curve", "treemap", "tables", "layers", "main")
 """One script in this order."""
 _CATEGORIES = list(CATEGORY_COLOURS)
+_COMPUTED = {Category.AUTOCAST, Category.SAVED, Category.TEMPORARY, Category.WORKSPACE}
+"""What no layer made of these, the model itself did; the others are there without being computed."""
 _PHASES = list(Phase)
 _LEVELS = list(Recompute)
 _NONE = -1
@@ -88,12 +90,14 @@ def _page_object(report: ProfileReport) -> dict[str, Any]:
         "headline": report.headline(),
         "figures": _figures(report),
         "categories": [
-            {"name": category, "colour": colour, "ink": _ink(colour)} for category, colour in CATEGORY_COLOURS.items()
+            {"name": category, "colour": colour, "ink": _ink(colour), "isComputed": category in _COMPUTED}
+            for category, colour in CATEGORY_COLOURS.items()
         ],
+        "modelItself": MODEL_ITSELF,
         "phases": _PHASES,
         "levels": _LEVELS,
         "steps": steps,
-        "largest_step": int(report.is_first_step),
+        "largestStep": int(report.is_first_step),
         **kinds.as_object(),
         "rows": _columns(report.rows(depth=None)),
         "notes": (
@@ -204,7 +208,7 @@ def _step_object(name: str, timeline: Timeline, kinds: _Kinds) -> dict[str, Any]
         "instants": timeline.instants,
         "spans": phase_spans(timeline),
         "peak": timeline.peak_instant,
-        "peak_moment": f"{phase} of {layer}" if layer else phase,
+        "peakMoment": f"{phase} of {layer}" if layer else phase,
         "kind": [kinds.index(one) for one in in_order],
         "born": [later - earlier for earlier, later in zip([0, *born], born, strict=False)],
         "life": [one.died - one.born for one in in_order],

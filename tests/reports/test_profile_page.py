@@ -29,6 +29,8 @@ from memseg.reports.profile_view import fit_line
 from memseg.units import format_bytes, format_seconds
 
 MIB = 2**20
+ARROW = "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}"
+COMPUTED = {Category.SAVED, Category.TEMPORARY, Category.WORKSPACE}
 NOTHING = "\N{EN DASH}"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 INSTALL_S = 300
@@ -72,14 +74,29 @@ def browser():
         started.close()
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Saves the page of a report, once; gives its address."""
+    folder, pages = tmp_path_factory.mktemp("pages"), []
+
+    def address(report):
+        for known, path in pages:
+            if known is report:
+                return path.as_uri()
+        path = folder / f"{len(pages)}.html"
+        save_profile_page(report, path)
+        pages.append((report, path))
+        return path.as_uri()
+
+    return address
+
+
 @pytest.fixture
-def show(browser, tmp_path):
+def show(browser, saved):
     """Opens the page of a report; at the end, nothing was asked of the network and nothing has failed."""
-    opened, requests, troubles = [], [], []
-    path = tmp_path / "profile.html"
+    opened, expected, requests, troubles = [], [], [], []
 
     def open_page(report, *, width=1280, height=900, scheme="light"):
-        save_profile_page(report, path)
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, offline=True)
         context.set_default_timeout(5000)
         page = context.new_page()
@@ -87,15 +104,16 @@ def show(browser, tmp_path):
         page.on("console", lambda message: troubles.append(message.text))
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("dialog", lambda dialog: (troubles.append(dialog.message), dialog.dismiss()))
-        page.goto(path.as_uri())
         opened.append(context)
+        expected.append(saved(report))
+        page.goto(saved(report))
         page.wait_for_selector("#curve path")
         return page
 
     yield open_page
     for context in opened:
         context.close()
-    assert requests == [path.as_uri()] * len(opened)
+    assert requests == expected
     assert troubles == []
 
 
@@ -253,6 +271,15 @@ def test_the_curve_reaches_the_peak_and_stacks_the_categories_in_order(mini, sho
     assert texts(page, "#curve .phase-name")[:2] == ["forward", "backward"]
 
 
+def test_a_peak_of_one_instant_is_drawn_where_many_share_a_pixel(mini, show):
+    page = show(mini, width=360)
+    top = page.locator(".areas path").first.evaluate("path => path.getBBox().y")
+    mark = page.locator(".peak-mark").evaluate("mark => mark.getBBox().y + mark.getBBox().height")
+    assert plot(page)[4] - plot(page)[3] > 3 * (plot(page)[1] - plot(page)[0])
+    # The mark ends one pixel above.
+    assert mark + 1 == pytest.approx(top, abs=0.1)
+
+
 def test_of_the_peak_by_category_adds_up(mini, show):
     page = show(mini)
     told = dict(zip(texts(page, "#categories tbody th"), texts(page, "#categories td:nth-child(2)"), strict=False))
@@ -351,7 +378,7 @@ def test_the_treemap_goes_into_a_layer_and_back(mini, show):
         if f"{one.layer}.".startswith(f"{name}.")
     )
     assert page.locator("#path").inner_text() == (
-        f"{mini.profile.model} {format_bytes(mini.timeline.peak_allocated_bytes)} \N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK} {name} {format_bytes(inside)}"
+        f"{mini.profile.model} {format_bytes(mini.timeline.peak_allocated_bytes)} {ARROW} {name} {format_bytes(inside)}"
     )
     page.locator("#treemap .tensor").first.hover()
     assert name in page.locator("#tooltip").inner_text()
@@ -370,7 +397,7 @@ def test_what_is_alive_is_told_with_makers_readers_and_levels(mini, show):
         [
             format_bytes(one.size_bytes),
             str(one.category),
-            one.made_by,
+            one.made_by or ("(model)" if one.category in COMPUTED else ""),
             one.operation.removeprefix("aten."),
             f"{one.dtype} {'x'.join(map(str, one.shape))}".strip(),
             f"{one.waits_for[0]} of {one.waits_for[1] or 'the step'}" if one.waits_for else "",

@@ -81,9 +81,18 @@ class Curve {
     return this.plot.bottom - (size / this.highest) * (this.plot.bottom - this.plot.top);
   }
 
+  /** The column at a point; beside the peak, which may be one pixel wide, that of the peak. */
   #column(x) {
-    const share = (x - this.plot.left) / (this.plot.right - this.plot.left);
-    return Math.min(this.instants.length - 1, Math.max(0, Math.floor(share * this.instants.length)));
+    const instantsPerPixel = (this.right - this.left) / (this.plot.right - this.plot.left);
+    const { peak } = this.step;
+    const isShown = this.left <= peak && peak < this.right;
+    if (isShown && instantsPerPixel > 0.25 && Math.abs(x - this.#x(peak + 0.5)) < 4) return this.#columnOf(peak);
+    const instant = this.left + Math.floor((x - this.plot.left) * instantsPerPixel);
+    return this.#columnOf(Math.min(this.right - 1, Math.max(this.left, instant)));
+  }
+
+  #columnOf(instant) {
+    return this.edges.findIndex((edge) => edge > instant) - 1;
   }
 
   #phases() {
@@ -197,10 +206,6 @@ class Curve {
       svgElement("line", { x1: x, x2: x, y1: top, y2: bottom, class: "cursor" }),
       svgElement("circle", { cx: x, cy: y, r: 4, class: "cursor" }),
     );
-  }
-
-  #columnOf(instant) {
-    return Math.max(0, this.edges.findIndex((edge) => edge > instant) - 1);
   }
 
   /** Put the cursor on a column, and its tooltip beside a point of the window. */

@@ -68,7 +68,10 @@ function layerTable(table, root, count) {
     bytes("parameter", "parameters", "Weights and buffers"),
     seconds("forward", "forward", "Estimated from the card's rates"),
     seconds("backward", "backward", "Estimated from the card's rates, with what is rebuilt"),
-    { ...bytes("flops", "FLOPs", "Of forward and backward"), cell: (line) => (line.flops ? formatFlops(line.flops) : "–") },
+    {
+      ...bytes("flops", "FLOPs", "Of forward and backward"),
+      cell: (line) => (line.flops ? formatFlops(line.flops) : "–"),
+    },
   ];
   return new TreeTable(table, columns, { footer: { ...root, parts: [] }, drawn: count });
 }

@@ -2,12 +2,20 @@
 
 const profile = JSON.parse(byId("profile").textContent);
 const steps = profile.steps.map((raw) => new Step(raw, profile.kinds, profile.categories.length));
-const state = { step: steps[profile.largest_step], held: null };
+const state = { step: steps[profile.largestStep], held: null };
+
+/** The layer that made an allocation; "" where it was not computed. */
+function layerOf(step, index) {
+  return profile.layers[step.get(index, "layer")] || (categoryOf(step, index).isComputed ? profile.modelItself : "");
+}
+
+function operationOf(step, index) {
+  return profile.operations[step.get(index, "operation")].replace(/^aten\./, "");
+}
 
 /** The layer and operation of an allocation, in words. */
 function maker(step, index) {
-  const parts = [profile.layers[step.get(index, "layer")], shortOperation(profile.operations[step.get(index, "operation")])];
-  return parts.filter(Boolean).join(" · ") || "–";
+  return [layerOf(step, index), operationOf(step, index)].filter(Boolean).join(" · ") || "–";
 }
 
 function tensorText(step, index) {
@@ -41,17 +49,15 @@ function describeInstant(step, instant) {
     nodes.push(element("div", { className: "event" }, text));
   }
   const alive = step.alive(instant);
-  const rows = alive.slice(0, 6).map((one) =>
-    element(
-      "tr",
-      {},
-      element("td", {}, swatch(categoryOf(step, one))),
-      element("td", { className: "number" }, formatBytes(step.get(one, "size"))),
-      element("td", {}, maker(step, one), element("small", {}, `${categoryOf(step, one).name} ${tensorText(step, one)}`)),
-    ),
-  );
+  const rows = alive.slice(0, 6).map((one) => {
+    const category = categoryOf(step, one);
+    const size = element("td", { className: "number" }, formatBytes(step.get(one, "size")));
+    const what = element("small", {}, `${category.name} ${tensorText(step, one)}`);
+    return element("tr", {}, element("td", {}, swatch(category)), size, element("td", {}, maker(step, one), what));
+  });
   nodes.push(element("table", { className: "largest" }, ...rows));
-  if (alive.length > rows.length) nodes.push(element("small", {}, `and ${formatCount(alive.length - rows.length)} more`));
+  const others = alive.length - rows.length;
+  if (others) nodes.push(element("small", {}, `and ${formatCount(others)} more`));
   return nodes;
 }
 
@@ -104,8 +110,9 @@ function showCategories(step, instant) {
         element("td", { className: "number" }, formatShare(size, whole)),
       );
     });
-  const total = element("tr", {}, element("th", { scope: "row" }, "all"), element("td", {}, formatBytes(whole)), element("td"));
-  byId("categories").replaceChildren(element("tbody", {}, ...rows), element("tfoot", {}, total));
+  const total = [element("th", { scope: "row" }, "all"), element("td", {}, formatBytes(whole)), element("td")];
+  const foot = element("tfoot", {}, element("tr", {}, ...total));
+  byId("categories").replaceChildren(element("tbody", {}, ...rows), foot);
 }
 
 function aliveLines(step, instant) {
@@ -115,8 +122,8 @@ function aliveLines(step, instant) {
       parts: [],
       size: step.get(index, "size"),
       category: categoryOf(step, index),
-      layer: profile.layers[step.get(index, "layer")],
-      operation: shortOperation(profile.operations[step.get(index, "operation")]),
+      layer: layerOf(step, index),
+      operation: operationOf(step, index),
       tensor: tensorText(step, index),
       waits: waitsFor(step, index),
       level: rebuiltAt(step, index),
@@ -129,7 +136,10 @@ function aliveLines(step, instant) {
 const ALIVE_LINES = 40;
 
 function aliveTable() {
-  const text = (title, hint, key) => ({ title, hint, text: true, value: (line) => line[key], cell: (line) => line[key] });
+  const text = (title, hint, key) => {
+    const value = (line) => line[key];
+    return { title, hint, text: true, value, cell: value };
+  };
   const columns = [
     {
       title: "size",
@@ -145,7 +155,7 @@ function aliveTable() {
       cell: (line) => element("span", {}, swatch(line.category), line.category.name),
     },
     text("made by", "The layer that made it", "layer"),
-    text("operation", "The operator that made it", "operation"),
+    { ...text("operation", "The operator that made it", "operation"), whole: true },
     { ...text("tensor", "Type and shape", "tensor"), whole: true },
     text("waits for", "The phase and layer of the operation that reads it last", "waits"),
     text("rebuilt at", "The lowest recompute level of its segment at which it would not be kept", "level"),
@@ -181,12 +191,14 @@ function update(change) {
   Object.assign(state, change);
   const { step, held } = state;
   const instant = held ?? step.peak;
-  const held_moment = `instant ${formatCount(instant - step.start)}, ${step.phase(instant)}`;
-  const moment = `${formatBytes(step.total[instant])} at ${held === null ? `the peak, ${step.peakMoment}` : held_moment}`;
+  const isPeak = held === null;
+  const number = formatCount(instant - step.start);
+  const when = isPeak ? `the peak, ${step.peakMoment}` : `instant ${number}, ${step.phase(instant)}`;
+  const moment = `${formatBytes(step.total[instant])} at ${when}`;
   for (const place of document.querySelectorAll(".moment")) place.textContent = moment;
-  for (const button of document.querySelectorAll(".back-to-peak")) button.hidden = held === null;
-  byId("categories-title").textContent = held === null ? "Of the peak by category" : `At ${held_moment}`;
-  byId("alive-title").textContent = held === null ? "What is alive at the worst moment" : "What is alive then";
+  for (const button of document.querySelectorAll(".back-to-peak")) button.hidden = isPeak;
+  byId("categories-title").textContent = isPeak ? "Of the peak by category" : `At ${when}`;
+  byId("alive-title").textContent = isPeak ? "What is alive at the worst moment" : "What is alive then";
   const focused = [...byId("steps").children].indexOf(document.activeElement);
   showSteps();
   byId("steps").children[focused]?.focus();
@@ -201,7 +213,12 @@ const curve = new Curve(byId("curve"), profile, {
   hold: (held) => update({ held }),
   zoomed: (isZoomed) => (byId("whole-step").hidden = !isZoomed),
 });
-const treemap = new Treemap(byId("treemap"), byId("path"), profile, describeAllocation);
+const treemap = new Treemap(byId("treemap"), byId("path"), profile.model, {
+  layer: (step, index) => layerOf(step, index) || `(${categoryOf(step, index).name})`,
+  category: categoryOf,
+  label: (step, index) => operationOf(step, index) || categoryOf(step, index).name,
+  describe: describeAllocation,
+});
 const alive = aliveTable();
 const layers = layerTree(profile.rows);
 const layersTable = layerTable(byId("layers"), layers, (matches, wanted) => {

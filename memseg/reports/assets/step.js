@@ -8,7 +8,7 @@ class Step {
    * @param categories How many there are.
    */
   constructor(raw, kinds, categories) {
-    Object.assign(this, { name: raw.name, spans: raw.spans, peak: raw.peak, peakMoment: raw.peak_moment });
+    Object.assign(this, { name: raw.name, spans: raw.spans, peak: raw.peak, peakMoment: raw.peakMoment });
     this.start = raw.spans[0][1];
     this.end = raw.spans.at(-1)[2];
     this.kinds = kinds;

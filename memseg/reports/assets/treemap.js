@@ -9,11 +9,12 @@ class Treemap {
   /**
    * @param place Where to draw.
    * @param path Where to say which layer is shown.
-   * @param profile Model, layers and categories.
-   * @param describe Nodes of the tooltip of an allocation.
+   * @param model Its name.
+   * @param tell Of an allocation of a step: its `layer`, or a stand-in; its `category`; its `label`; and `describe`,
+   *     the nodes of its tooltip.
    */
-  constructor(place, path, profile, describe) {
-    Object.assign(this, { place, path, profile, describe });
+  constructor(place, path, model, tell) {
+    Object.assign(this, { place, path, model, tell });
     this.shown = [];
     this.width = 0;
     place.addEventListener("pointerleave", hideTooltip);
@@ -29,16 +30,15 @@ class Treemap {
     this.#draw();
   }
 
-  /** Layers by their names, with sums; what no layer made is grouped by category instead. */
+  /** Layers by their names, with sums. */
   #tree(alive) {
     const node = (label) => ({ label, size: 0, parts: new Map() });
-    const root = node(this.profile.model);
+    const root = node(this.model);
     for (const index of alive) {
-      const [size, layer] = [this.step.get(index, "size"), this.profile.layers[this.step.get(index, "layer")]];
-      const category = this.profile.categories[this.step.get(index, "category")];
+      const size = this.step.get(index, "size");
       let holder = root;
       holder.size += size;
-      for (const label of layer ? layer.split(".") : [`(${category.name})`]) {
+      for (const label of this.tell.layer(this.step, index).split(".")) {
         if (!holder.parts.has(label)) holder.parts.set(label, node(label));
         holder = holder.parts.get(label);
         holder.size += size;
@@ -105,7 +105,8 @@ class Treemap {
     const size = `${formatBytes(part.size)}, ${formatShare(part.size, this.root.size)}`;
     if (box.width > 48 && box.height > 30) {
       const roomy = box.width > 60 + 8 * (part.label.length + size.length);
-      made.append(element("span", { className: "label" }, part.label, roomy ? element("small", {}, size) : null));
+      const name = endOf(part.label, box.width - 26);
+      made.append(element("span", { className: "label" }, name, roomy ? element("small", {}, size) : null));
     }
     const enter = () => this.#go([...this.shown, part.label]);
     made.tabIndex = 0;
@@ -121,18 +122,17 @@ class Treemap {
   }
 
   #tensor(part, box) {
-    const category = this.profile.categories[this.step.get(part.index, "category")];
+    const category = this.tell.category(this.step, part.index);
     const made = element("div", { className: "tensor" });
     made.style.backgroundColor = category.colour;
     made.style.color = category.ink;
     made.dataset.bytes = part.size;
     if (box.width > 84 && box.height > 76) {
-      const operation = this.profile.operations[this.step.get(part.index, "operation")];
-      made.append(element("span", { className: "what" }, shortOperation(operation) || category.name));
-      made.append(element("small", {}, formatBytes(part.size)));
+      const label = this.tell.label(this.step, part.index);
+      made.append(element("span", { className: "what" }, label), element("small", {}, formatBytes(part.size)));
     }
     made.addEventListener("pointermove", (event) => {
-      showTooltip(event.clientX, event.clientY, ...this.describe(this.step, part.index, this.root.size));
+      showTooltip(event.clientX, event.clientY, ...this.tell.describe(this.step, part.index, this.root.size));
     });
     return made;
   }
@@ -179,6 +179,8 @@ function squarify(sizes, width, height) {
   return boxes;
 }
 
-function shortOperation(operation) {
-  return operation.replace(/^aten\./, "");
+/** A text, or as much of its end as there is room for; names of layers differ at their ends. */
+function endOf(text, width) {
+  const letters = Math.max(2, Math.floor(width / 8));
+  return text.length <= letters ? text : `…${text.slice(1 - letters)}`;
 }
