@@ -181,7 +181,7 @@ def _answer(name: str, threads: int, into: Connection) -> None:
 def run_in_fresh_process(name: str, *, threads: int, timeout_s: float) -> Row:
     """The row of a case from a process of its own; where that ends without one, the row's `error` says so."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.prediction"])
+    context.set_forkserver_preload(["benchmarks.prediction_cases"])
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(name, threads, there), daemon=True)
     process.start()

@@ -65,7 +65,9 @@ def card_memory(
     if card.compute_capability is None:
         return CardMemory(profile.peak_allocated_bytes)
     terms = device_terms(card.compute_capability, world_size=replicas)
-    inside = [term.size_bytes for term in terms if term.in_allocator] if _has_products(profile) else []
+    if not _has_products(profile):
+        terms = tuple(term for term in terms if not term.in_allocator)
+    inside = [term.size_bytes for term in terms if term.in_allocator]
     found = replay(training_events(profile, inside), settings)
     outside = sum(term.size_bytes for term in terms if not term.in_allocator)
     reserved = found.peak_reserved_bytes

@@ -32,6 +32,7 @@ from memseg.profiling.work import operation_work
 from memseg.profiling.workspace import kernel_workspace
 
 _aten = torch.ops.aten
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _DEVICE_OF = torch.ops.prim.device.default
 
 
@@ -202,10 +203,11 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Asked more often than anything is computed, whenever torch looks where a fake tensor lies.
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            # Below autograd's own dispatch, as in the body of a banded operator, these arrive whole.
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE.name):
+            # Below autograd's own dispatch, as in the body of a banded operator, these arrive whole. They are taken
+            # apart as a real run does it, not as torch's decompositions in Python do.
             with self:
-                return func.decompose(*args, **kwargs)
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
         layer = self._layer()
         name = str(func)
         self._last = layer

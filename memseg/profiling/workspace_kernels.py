@@ -172,9 +172,10 @@ def _attention_block(query: Tensor, key: Tensor) -> tuple[int, int]:
     return min(rows, length), min(512, key.shape[2])
 
 
-def _fused_step(params: list[Tensor], grads: list[Tensor], *_: Any, **__: Any) -> list[Transient]:
-    """FusedSGD.cpp, FusedAdam.cpp: what lies otherwise than contiguous is copied, one parameter after the other."""
-    return []
+def _fused_step(_params: list[Tensor], grads: list[Tensor], *_: Any, **__: Any) -> list[Transient]:
+    """FusedSGD.cpp, FusedAdam.cpp: a gradient that is not contiguous is copied, one after the other."""
+    copied = max((_bytes(grad) for grad in grads if not grad.is_contiguous()), default=0)
+    return [Transient(0, copied)] if copied else []
 
 
 def _wide(x: Tensor) -> int:
@@ -227,6 +228,10 @@ _RULES: dict[Any, _Rule] = {
     _aten.upsample_nearest2d: _upsample,
     _aten.upsample_bilinear2d_backward: _upsample_backward,
     _aten.upsample_nearest2d_backward: _upsample_backward,
+    _aten._fused_sgd_: _fused_step,
+    _aten._fused_adam_: _fused_step,
+    _aten._fused_adamw_: _fused_step,
+    _aten._fused_adagrad_: _fused_step,
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }

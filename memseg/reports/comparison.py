@@ -274,6 +274,8 @@ class LayerChange:
     only_in: Literal["before", "after"] | None
     """None where both profiles have it."""
     changes: Mapping[Measure, Change]
+    has_parts: bool = False
+    """Whether layers inside it are told apart from it, so that the figures are only its own."""
 
     @property
     def differs(self) -> bool:
@@ -351,13 +353,16 @@ class Comparison:
         """As they run; one that only the later profile has stands after what it follows there."""
         before, after = self.before.layers_to(self._depth), self.after.layers_to(self._depth)
         found = []
-        for name in merged(list(before), list(after)):
+        names = merged(list(before), list(after))
+        holders = {name[:index] for name in names for index, letter in enumerate(name) if letter == "."}
+        for name in names:
             old, new = before.get(name), after.get(name)
             changes = {
                 measure: Change(amount(old) if old else 0, amount(new) if new else 0)
                 for measure, amount in _AMOUNT_OF.items()
             }
-            found.append(LayerChange(name, "before" if new is None else "after" if old is None else None, changes))
+            only_in: Literal["before", "after"] | None = "before" if new is None else "after" if old is None else None
+            found.append(LayerChange(name, only_in, changes, name in holders))
         return tuple(found)
 
     @property

@@ -148,8 +148,9 @@ def format_amount(amount: Amount | None, *, is_time: bool, sign: bool = False) -
 
 
 def label_of(layer: LayerChange) -> str:
-    """A layer's name, and whether only one profile has it."""
-    return layer.name + {"before": " (gone)", "after": " (new)", None: ""}[layer.only_in]
+    """A layer's name, whether its parts are told apart from it, and whether only one profile has it."""
+    only_in = {"before": " (gone)", "after": " (new)", None: ""}[layer.only_in]
+    return layer.name + (" (itself)" if layer.has_parts else "") + only_in
 
 
 def _setting(value: Any) -> str:

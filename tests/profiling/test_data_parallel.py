@@ -1,5 +1,7 @@
 """Buckets are as torch's reducer fills them, and a step with them is what DistributedDataParallel really takes."""
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -87,9 +89,12 @@ def trace(data_parallel):
 
 @pytest.fixture
 def one_rank():
-    """A process group of this process alone."""
+    """A process group of this process alone; and no garbage of others, whose end would be counted."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    gc.collect()
+    gc.disable()
     yield
+    gc.enable()
     dist.destroy_process_group()
 
 

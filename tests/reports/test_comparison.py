@@ -108,6 +108,14 @@ def test_a_peak_that_fell_for_everybody_does_not_decide_who_changed_most():
     assert [one.name for one in Comparison(before, after).sorted_layers()] == ["large", "small"]
 
 
+def test_what_a_layer_has_beside_its_parts_is_called_so():
+    before = profile(layer("block1", 1), layer("block1.conv", 9), saved=10)
+    after = profile(layer("block1", 5), layer("block1.conv", 2), saved=7)
+    lines = [" ".join(line.split()) for line in shown(Comparison(before, after)).splitlines()]
+    assert any(line.startswith("block1 (itself) 1.0 MiB 5.0 MiB +4.0 MiB") for line in lines)
+    assert any(line.startswith("block1.conv 9.0 MiB 2.0 MiB -7.0 MiB") for line in lines)
+
+
 def test_settings_of_segments_are_told_one_by_one():
     levels = [{"block1": "units", "block2": "norms"}, {"block1": "units", "block2": "none", "block3": "units"}]
     one, other = (profile(layer("stem", 1), recompute=level) for level in levels)
