@@ -24,7 +24,7 @@ of 4 to 64 MiB took the same time but for a few percent, over bands of 1 MiB hal
 (`python -m benchmarks.bands`)."""
 _BAND_BYTES_ELSEWHERE = 64 * 2**20
 """Small beside any card."""
-_planned_for: ContextVar[str | None] = ContextVar("memseg_bands_of", default=None)
+_planned_for: ContextVar[str | None] = ContextVar("memseg_planned_for", default=None)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -75,12 +75,17 @@ def as_kernel(grad: Tensor, weight: Tensor) -> Tensor:
 
 def band_limit(x: Tensor) -> int:
     """Bytes of a band on the device of x."""
-    return _BAND_BYTES.get(_planned_for.get() or x.device.type, _BAND_BYTES_ELSEWHERE)
+    return _BAND_BYTES.get(device_type(x), _BAND_BYTES_ELSEWHERE)
+
+
+def device_type(x: Tensor) -> str:
+    """Type of the device that work on `x` is done on, or planned for."""
+    return _planned_for.get() or x.device.type
 
 
 @contextmanager
-def bands_of(device: str) -> Iterator[None]:
-    """Inside, bands are those of a type of device, wherever tensors lie: for tracing what would happen there."""
+def planned_for(device: str) -> Iterator[None]:
+    """Inside, all is done as on a type of device, wherever tensors lie: for tracing what would happen there."""
     token = _planned_for.set(device)
     try:
         yield

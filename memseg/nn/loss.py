@@ -178,7 +178,7 @@ def _spread(terms: _Terms, band: Tensor) -> Tensor | None:
     return weight * (terms.smoothing / len(band))
 
 
-def _bands_of(logits: Tensor, target: Tensor) -> list[slice]:
+def _planned_for(logits: Tensor, target: Tensor) -> list[slice]:
     row_bytes = target.shape[2] * (logits.shape[1] * wide_dtype(logits.dtype).itemsize + _PIXEL_BYTES)
     return bands(target.shape[1], row_bytes, band_limit(logits))
 
@@ -186,7 +186,7 @@ def _bands_of(logits: Tensor, target: Tensor) -> list[slice]:
 def _narrow(
     logits: Tensor, target: Tensor, weight: Any, ignored: int, smoothing: float, grad: Tensor
 ) -> tuple[Any, ...]:
-    height = min(target.shape[1], 2 * _bands_of(logits, target)[0].stop)
+    height = min(target.shape[1], 2 * _planned_for(logits, target)[0].stop)
     part = slice(0, 1), slice(None), slice(0, -(-height * logits.shape[2] // target.shape[1]))
     return logits[part], target[:1, :height], weight, ignored, smoothing, grad[part] if len(grad) else grad
 
@@ -207,7 +207,7 @@ def cross_entropy_sums(
     height, width = target.shape[1:]
     sums = logits.new_zeros(2, dtype=wide_dtype(logits.dtype))
     for image in range(len(logits)):
-        for rows in _bands_of(logits, target):
+        for rows in _planned_for(logits, target):
             band = upsample_rows(logits[image : image + 1], (height, width), rows).squeeze(0)
             sums += _sums_and_gradient(band, target[image, rows], terms)
             if len(grad):

@@ -30,6 +30,7 @@ from memseg.nn.layout import (
     band_limit,
     bands,
     channels_last,
+    device_type,
     empty_map,
     images,
     narrowed,
@@ -296,7 +297,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     of the BLAS that torch comes with (`python -m benchmarks.bands`). With one thread, or in float64, torch does not
     take oneDNN's.
     """
-    if x.device.type != "cpu" or x.dtype == torch.float64 or torch.get_num_threads() == 1:
+    if device_type(x) != "cpu" or x.dtype == torch.float64 or torch.get_num_threads() == 1:
         return F.linear(x, weight, bias)
     return pixels(F.conv2d(images(x.reshape(1, -1, 1, x.shape[1])), channels_last(weight[:, :, None, None]), bias))
 

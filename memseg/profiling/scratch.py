@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map
 
 from memseg.nn.banded import BANDED_OPERATORS
-from memseg.nn.layout import bands_of
+from memseg.nn.layout import planned_for
 from memseg.planning.costs import Work
 
 
@@ -48,7 +48,7 @@ def look_inside(func: Any, args: tuple[Any, ...], device: str, trace: Trace) -> 
         return None
     key = func, device, torch.get_num_threads(), _description(args)
     if key not in _known:
-        with unset_fake_temporarily(), bands_of(device):
+        with unset_fake_temporarily(), planned_for(device):
             narrow = operator.narrow(*tree_map(_meta_twin, list(args)))
             made: list[Any] = []
             peak, work = trace(lambda: made.append(operator.body(*narrow)), list(_tensors(narrow)))

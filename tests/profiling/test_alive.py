@@ -30,11 +30,12 @@ def kept(found):
 
 
 def counted(allocations, segment):
-    """Of a segment, how many tensors there are of each shape and type."""
+    """Of a segment, how many maps there are of each shape."""
     return Counter(
-        (one.shape, one.dtype)
+        one.shape
         for one in allocations
-        if nearest_layer(one.layer, profile().levels) == segment and len(one.shape) == 4
+        # Of the stem, pooling keeps the places of its maxima, in another type where it is rebuilt.
+        if nearest_layer(one.layer, profile().levels) == segment and one.dtype == "float32" and len(one.shape) == 4
     )
 
 
@@ -73,7 +74,7 @@ def test_what_a_segment_returns_is_kept_at_every_level():
     levels = profile().levels
     returned = [one for one in kept(profile()) if set(one.output_of) & set(levels)]
     assert {name for one in returned for name in one.output_of if name in levels} >= {"block1", "block2", "stem"}
-    assert {removing_level(one, levels) for one in returned if one.layer in one.output_of or one.output_of} == {None}
+    assert {removing_level(one, levels) for one in returned} == {None}
 
 
 def tensor(layer, *, operation="aten.relu", category=Category.SAVED, output_of=()):
