@@ -315,9 +315,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--check",
         action="store_true",
-        help=f"exit with 1 unless the median |error| is at most {MOST_MEDIAN:.0%} and the worst {MOST_WORST:.0%}".replace(
-            "%", "%%"
-        ),
+        help=f"exit with 1 unless the median |error| is at most {100 * MOST_MEDIAN:.0f} %% and the worst "
+        f"{100 * MOST_WORST:.0f} %%",
     )
     return parser
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from memseg.errors import InputError
+from memseg.errors import InputError, UnknownNameError
 from memseg.levels import Precision
 from memseg.planning.cards import Card, parse_cards
 from memseg.profiling import DataParallel, foreign_job, named_optimizer, trace_job
@@ -20,7 +20,7 @@ from memseg.reports.profile import ProfileReport
 
 def profile(
     model: nn.Module | Callable[[], nn.Module],
-    inputs: Any,
+    inputs: Any = None,
     target: Any = None,
     *,
     loss: str | Loss = "mean",
@@ -30,6 +30,7 @@ def profile(
     accumulation: int = 1,
     data_parallel: DataParallel | None = None,
     allocator: str = "",
+    keep_gradients: bool = False,
     keep_output: bool = True,
     real: bool = False,
     name: str | None = None,
@@ -37,8 +38,8 @@ def profile(
     """What a training step of a model would allocate on a card, without the card and without the memory.
 
     Args:
-        model: Any module that fake tensors can run: real, on the meta device or fake; or a function that makes it. It
-            is copied in training mode, and not changed.
+        model: Any module that fake tensors can run: real, on the meta device or fake; or a function that makes it, or
+            a tuple of it, its inputs and, where wanted, its loss. It is copied in training mode, and not changed.
         inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments. Tensors
             may be real, meta or fake; their values do not matter.
         target: What the loss is called with beside the model's output: a tensor, or a tuple of them.
@@ -52,6 +53,7 @@ def profile(
         accumulation: Batches whose gradients are added up before the optimizer steps.
         data_parallel: Count the buckets of DistributedDataParallel, and NCCL's buffers.
         allocator: Settings as in PYTORCH_CUDA_ALLOC_CONF.
+        keep_gradients: Whether gradients stay from step to step: zero_grad(set_to_none=False).
         keep_output: Whether the model's output lives through backward, as where a loop gives it a name.
         real: Run on real tensors, which takes memory and time, where fake ones do not do.
         name: What reports call the model; by default its class or function.
@@ -71,7 +73,9 @@ def profile(
     ('resnet18', 'backward of layer1.0.bn1', 462)
     """
     where = _one_card(card)
-    precision = Precision(precision)
+    precision = _precision(precision)
+    if allocator and where.kind == "cpu":
+        raise InputError(f"allocator is about CUDA's, so card must be a CUDA card, got {where.name}; try v100")
     make = partial(
         foreign_job,
         model,
@@ -81,6 +85,7 @@ def profile(
         optimizer=named_optimizer(optimizer) if isinstance(optimizer, str) else optimizer,
         precision=precision,
         accumulation=accumulation,
+        keep_gradients=keep_gradients,
         keep_output=keep_output,
         real=real,
         name=name,
@@ -131,7 +136,7 @@ def profile_placed(
         target,
         loss=loss,
         optimizer=named_optimizer(optimizer) if isinstance(optimizer, str) else optimizer,
-        precision=Precision(precision),
+        precision=_precision(precision),
     )
     found = trace_job(make, device=kinds.pop(), placement=placement, num_cards=len(where))
     settings = {"inputs": list(found.inputs), **_named("optimizer", optimizer), **_named("loss", loss)}
@@ -149,6 +154,12 @@ def _one_card(card: str | Card) -> Card:
     if len(cards) > 1:
         raise InputError(f"card must name one card, got {card!r}; memseg.profile_placed takes several")
     return cards[0]
+
+
+def _precision(precision: str | Precision) -> Precision:
+    if precision not in list(Precision):
+        raise UnknownNameError("precision", precision, Precision)
+    return Precision(precision)
 
 
 def _named(key: str, value: Any) -> dict[str, str]:

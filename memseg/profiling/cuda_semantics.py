@@ -69,6 +69,13 @@ def _attention(
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = (tensor.repeat_interleave(groups, -3) for tensor in (key, value))
+    if value.shape[-1] != query.shape[-1]:
+        out: Tensor = _aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, 0.0, is_causal, scale=scale
+        )[0]
+        return out
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
     shape = query.shape
     query, key, value = (
         tensor.reshape(-1, *tensor.shape[-3:]) if tensor.dim() > 4 else tensor for tensor in (query, key, value)
@@ -76,7 +83,7 @@ def _attention(
     missing = 4 - query.dim()
     for _ in range(missing):
         query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-    out: Tensor = _aten._scaled_dot_product_flash_attention_for_cpu(
+    out = _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
     return out.reshape(*shape[:-1], value.shape[-1])

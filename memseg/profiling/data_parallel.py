@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from memseg.errors import InputError
 
 _FIRST_BUCKET_BYTES = 2**20
+_BUCKET_MB = 25
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class DataParallel:
     """Processes, each with the whole model."""
     gradient_as_bucket_view: bool = False
     """As in DistributedDataParallel."""
-    bucket_cap_mb: int = 25
-    """As in DistributedDataParallel, MiB."""
+    bucket_cap_mb: int | None = None
+    """As in DistributedDataParallel, MiB; None for torch's 25, with a first bucket of 1."""
 
     def __post_init__(self) -> None:
-        if self.replicas < 1 or self.bucket_cap_mb < 1:
+        if self.replicas < 1 or (self.bucket_cap_mb is not None and self.bucket_cap_mb < 1):
             raise InputError(
                 f"replicas and bucket_cap_mb must be at least 1, got {self.replicas} and {self.bucket_cap_mb}"
             )
@@ -49,14 +50,15 @@ def make_buckets(parameters: Iterable[nn.Parameter], settings: DataParallel) -> 
     buckets = []
     trained = [parameter for parameter in parameters if parameter.requires_grad][::-1]
     for dtype in {one.dtype: None for one in trained}:
-        cap, filled = _FIRST_BUCKET_BYTES, 0
+        later = (settings.bucket_cap_mb or _BUCKET_MB) * 2**20
+        cap, filled = later if settings.bucket_cap_mb else _FIRST_BUCKET_BYTES, 0
         members: list[nn.Parameter] = []
         for parameter in (one for one in trained if one.dtype is dtype):
             members.append(parameter)
             filled += parameter.nbytes
             if filled >= cap:
                 buckets.append(_bucket(members, dtype, settings))
-                cap, filled, members = settings.bucket_cap_mb * 2**20, 0, []
+                cap, filled, members = later, 0, []
         if members:
             buckets.append(_bucket(members, dtype, settings))
     return buckets

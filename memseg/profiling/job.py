@@ -92,6 +92,8 @@ class Job:
     """Of what `loss` returned; for a stage that ends without one, of its outputs."""
     buffers: tuple[Tensor, ...] = ()
     """In which tensors of other cards arrive, there all step."""
+    keep_gradients: bool = False
+    """Whether gradients are filled with zeros after a step instead of being freed: zero_grad(set_to_none=False)."""
     keep_output: bool = False
     """Whether what the model returned lives through backward, as where a training loop gives it a name."""
 
@@ -114,10 +116,10 @@ def run_batch(
         output = job.compute()
         with layer(LOSS):
             loss = job.loss(output)
+            if job.accumulation > 1:
+                loss = loss / job.accumulation
         if not job.keep_output:
             del output
-        if job.accumulation > 1:
-            loss = loss / job.accumulation
     begin(Phase.BACKWARD)
     job.backward(loss)
     return loss.detach() if isinstance(loss, Tensor) else None
@@ -126,7 +128,7 @@ def run_batch(
 def run_step(job: Job) -> None:
     """A whole step: all its batches, and the optimizer."""
     if job.optimizer is not None:
-        job.optimizer.zero_grad(set_to_none=True)
+        job.optimizer.zero_grad(set_to_none=not job.keep_gradients)
     for _ in range(job.accumulation):
         run_batch(job)
     if job.optimizer is not None:

@@ -1,15 +1,16 @@
 """The training step of any module: a user's, a library's, real, on the meta device, or made by a function."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
-from torch.utils._pytree import tree_leaves, tree_map
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import tree_leaves
 
-from memseg.errors import InputError, UnknownNameError
+from memseg.errors import InputError, MemsegError, UnknownNameError
 from memseg.levels import Precision, Recompute
 from memseg.profiling.fake import fake_batch, fake_module, real_batch, real_module
 from memseg.profiling.job import Job, OptimizerFactory
@@ -22,13 +23,14 @@ CROSS_ENTROPY = "cross-entropy"
 
 def foreign_job(
     model: nn.Module | Callable[[], nn.Module],
-    inputs: Any,
+    inputs: Any = None,
     target: Any = None,
     *,
     loss: str | Loss = MEAN,
     optimizer: OptimizerFactory | None,
     precision: Precision = Precision.FLOAT32,
     accumulation: int = 1,
+    keep_gradients: bool = False,
     keep_output: bool = True,
     real: bool = False,
     name: str | None = None,
@@ -42,11 +44,21 @@ def foreign_job(
         InputError: the model cannot be copied, or has nothing to train.
         UnknownNameError: no loss of that name.
     """
-    twin = _module(model, real=real).train()
-    make_batch = real_batch if real else fake_batch
-    inputs, target, loss = make_batch(inputs), make_batch(target), _loss(loss, real=real)
-    if precision is Precision.FLOAT64:
-        twin, inputs, target = twin.double(), _in_float64(inputs), _in_float64(target)
+    made = model if isinstance(model, nn.Module) else _call(model, real=real)
+    if isinstance(made, tuple) and len(made) in (2, 3):
+        made, inputs, *others = made
+        loss = others[0] if others else loss
+    if not isinstance(made, nn.Module):
+        raise InputError(
+            f"a model must be a torch.nn.Module or a function that makes one, got {type(made).__name__}; "
+            "a function may also return a tuple of a model, its inputs and its loss"
+        )
+    dtype = torch.float64 if precision is Precision.FLOAT64 else None
+    # What a function has made for real is nobody else's.
+    twin = made.to(dtype) if real and made is not model else _twin(made, dtype, real=real)
+    twin.train()
+    inputs, target = (_batch_twin(value, dtype, real=real) for value in (inputs, target))
+    compute_loss = _loss(loss, dtype, real=real)
     targets: tuple[Any, ...] = () if target is None else target if isinstance(target, tuple) else (target,)
     trained = [parameter for parameter in twin.parameters() if parameter.requires_grad]
     if not trained:
@@ -63,13 +75,14 @@ def foreign_job(
         name=name or _name(model, twin),
         model=twin,
         compute=compute,
-        loss=lambda output: loss(output, *targets),
+        loss=lambda output: compute_loss(output, *targets),
         inputs=tuple(leaf for leaf in tree_leaves((inputs, targets)) if isinstance(leaf, Tensor)),
         layers=tuple((layer, module) for layer, module in twin.named_modules() if layer),
         optimizer=optimizer(trained) if optimizer else None,
         levels=dict(_levels(twin)),
         precision=precision,
         accumulation=accumulation,
+        keep_gradients=keep_gradients,
         keep_output=keep_output,
     )
 
@@ -125,37 +138,50 @@ def _levels(model: nn.Module) -> Iterator[tuple[str, tuple[Recompute, ...]]]:
             yield name, (Recompute.NONE, Recompute.SEGMENT)
 
 
-def _loss(loss: str | Loss, *, real: bool) -> Loss:
+def _loss(loss: str | Loss, dtype: torch.dtype | None, *, real: bool) -> Loss:
     if isinstance(loss, str):
         if loss not in _LOSSES:
             raise UnknownNameError("loss", loss, _LOSSES)
         return _LOSSES[loss]
     if isinstance(loss, nn.Module):
-        return _module(loss, real=real)
+        return _twin(loss, dtype, real=real)
     return loss
 
 
-def _module(model: nn.Module | Callable[[], nn.Module], *, real: bool) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return real_module(model) if real else fake_module(model)
-    try:
-        made = model()
-    except DataDependentOutputException:
-        # Constructors that read values (drop rates by .item()) need real tensors; their values are dropped again.
-        with unset_fake_temporarily():
-            built = model()
-        made = fake_module(built)
-    if not isinstance(made, nn.Module):
-        raise InputError(f"a model must be a torch.nn.Module or a function that makes one, got {type(made).__name__}")
-    return made
+def _call(make: Any, *, real: bool) -> Any:
+    """What a user's function makes: without memory where it can be made so and need not be `real`, else for real.
+
+    Not under the fake mode: constructors copy layers, convert them and read values, which fake tensors refuse.
+    """
+    if not callable(make):
+        raise InputError(f"a model must be a torch.nn.Module or a function that makes one, got {type(make).__name__}")
+    with unset_fake_temporarily():
+        if not real:
+            with suppress(Exception), torch.device("meta"):
+                return make()
+        try:
+            return make()
+        except MemsegError:
+            raise
+        except Exception as error:
+            name = getattr(make, "__name__", "the function")
+            raise InputError(
+                f"{name}, which should make the model, fails with {type(error).__name__}: {error}; it is called "
+                "without arguments"
+            ) from error
+
+
+def _twin(module: nn.Module, dtype: torch.dtype | None, *, real: bool) -> nn.Module:
+    if not real:
+        return fake_module(module, dtype)
+    copied = real_module(module)
+    return copied.to(dtype) if dtype else copied
+
+
+def _batch_twin(batch: Any, dtype: torch.dtype | None, *, real: bool) -> Any:
+    return real_batch(batch, dtype) if real else fake_batch(batch, dtype)
 
 
 def _name(model: Any, twin: nn.Module) -> str:
     name = getattr(model, "__name__", "")
     return name if name and name != "<lambda>" else type(twin).__name__
-
-
-def _in_float64(batch: Any) -> Any:
-    return tree_map(
-        lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, batch
-    )

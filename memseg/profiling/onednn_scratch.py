@@ -12,12 +12,10 @@ jit_avx512_core_bf16_conv_kernel.cpp, jit_uni_dw_conv_kernel_utils.cpp; src/cpu/
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from memseg.profiling.onednn import Shape
+from memseg.profiling.convolution_shape import Shape
 
 ALIGNMENT = 128
 """Bytes that a booking takes beside its size."""
@@ -37,8 +35,8 @@ def batches(taps: int) -> int:
     return _threads() * -(-pages // _BATCH_ELEMENT) * _BATCH_ELEMENT + _PAGE
 
 
-def strided_gradient(shape: "Shape") -> int:
-    """brgconv_strided: one image of gradients for each thread, with the rows and columns that kernels reach beyond it."""
+def strided_gradient(shape: Shape) -> int:
+    """brgconv_strided: one image of gradients for each thread, with what kernels reach beyond it."""
     over = [
         max(0, shape.extent[axis] - 1 - padding[axis]) // shape.stride[axis]
         for padding in (shape.padding, shape.end_padding)
@@ -50,25 +48,25 @@ def strided_gradient(shape: "Shape") -> int:
     return batches(shape.taps) + _threads() * image + _PAGE + _threads() * _PAGE + _PAGE
 
 
-def pointwise_forward(shape: "Shape") -> int:
+def pointwise_forward(shape: Shape) -> int:
     """jit_1x1: inputs of a strided one without the pixels that it skips; float32 sums of a bfloat16 one."""
     channels = _blocked(shape.in_channels)
     skipped = _booked(_threads() * shape.out_pixels * channels * shape.itemsize) if shape.is_strided else 0
     return skipped + _sums(shape, shape.out_channels)
 
 
-def pointwise_of_input(shape: "Shape") -> int:
+def pointwise_of_input(shape: Shape) -> int:
     """jit_1x1: float32 sums of a bfloat16 one."""
     return _sums(shape, shape.in_channels)
 
 
-def _sums(shape: "Shape", channels: int) -> int:
+def _sums(shape: Shape, channels: int) -> int:
     if not shape.is_half:
         return 0
     return _booked(_threads() * shape.out_pixels * _blocked(_up(channels, _channel_parts(shape, channels))) * 4)
 
 
-def _channel_parts(shape: "Shape", channels: int) -> int:
+def _channel_parts(shape: Shape, channels: int) -> int:
     """Where there are fewer images than threads, these may share out channels too, if they read less that way."""
     threads = _threads()
     if shape.images >= threads or shape.channels_last:
@@ -80,7 +78,7 @@ def _channel_parts(shape: "Shape", channels: int) -> int:
     return min((parts for parts in range(1, threads + 1) if threads % parts == 0), key=read)
 
 
-def pointwise_of_weight(shape: "Shape") -> int:
+def pointwise_of_weight(shape: Shape) -> int:
     """jit_1x1: inputs without skipped pixels, a gradient for each thread, and for bfloat16 transposed maps."""
     in_blocks, out_blocks = _blocked(shape.in_channels) // _VECTOR, _blocked(shape.out_channels) // _VECTOR
     shares = _share_pointwise(shape, in_blocks, out_blocks)
@@ -100,7 +98,7 @@ def pointwise_of_weight(shape: "Shape") -> int:
     return total
 
 
-def direct_of_weight(shape: "Shape") -> int:
+def direct_of_weight(shape: Shape) -> int:
     """jit: a gradient for each thread; bfloat16 takes its sums in float32 and transposes one image of maps for each."""
     if shape.is_half:
         return _direct_of_half_weight(shape)
@@ -113,7 +111,7 @@ def direct_of_weight(shape: "Shape") -> int:
     return _booked(gradient * (shares.images - 1) * shape.itemsize) + _BARRIER
 
 
-def depthwise_of_weight(shape: "Shape") -> int:
+def depthwise_of_weight(shape: Shape) -> int:
     """jit_dw: a gradient for each thread that shares images; bfloat16 takes its sums in float32."""
     threads = _threads() if shape.channels_last else 1
     channels = _blocked(shape.groups) if shape.channels_last else shape.groups
@@ -121,14 +119,22 @@ def depthwise_of_weight(shape: "Shape") -> int:
     return _booked(channels * shape.taps * copies * 4) + (_booked(shape.groups * copies * 4) if shape.bias else 0)
 
 
-def product_of_input(shape: "Shape") -> int:
-    """gemm: gradients unfolded in float32, and for bfloat16 their sums."""
-    threads = _threads() if shape.images * shape.groups > 1 and shape.taps < 64 and shape.groups > 1 else 1
+def product_of_input(shape: Shape) -> int:
+    """gemm: gradients unfolded in float32, and bfloat16's sums; for each thread that shares out images."""
+    outer = shape.images * shape.groups
+    inner = _up(shape.in_pixels, _VECTOR) * _up(shape.in_channels, _VECTOR)
+    shared = outer > 1 and (shape.images > 1 or shape.groups > 2) and _efficiency(outer) >= _efficiency(inner)
+    threads = _threads() if shared and (shape.out_pixels // _threads() < 512 or shape.taps < 64) else 1
     total = _booked(threads * shape.in_channels * shape.taps * shape.out_pixels * 4)
     return total + (_booked(threads * shape.in_channels * shape.in_pixels * 4) if shape.is_half else 0)
 
 
-def product_of_weight(shape: "Shape") -> int:
+def _efficiency(work: int) -> float:
+    """Share of threads that are busy when they do so many equal parts."""
+    return work / (_up(work, _threads()) * _threads())
+
+
+def product_of_weight(shape: Shape) -> int:
     """gemm: an unfolded image, and one gradient for each thread, for which oneDNN books 4 bytes per byte."""
     many = shape.images != 1 or shape.groups > 2
     threads = _threads() if shape.out_pixels // _threads() < 256 and many else 1
@@ -142,7 +148,7 @@ def product_of_weight(shape: "Shape") -> int:
     return total
 
 
-def _direct_of_half_weight(shape: "Shape") -> int:
+def _direct_of_half_weight(shape: Shape) -> int:
     in_block = shape.in_channels if shape.is_first else _VECTOR
     in_blocks, out_blocks = -(-shape.in_channels // in_block), _blocked(shape.out_channels) // _VECTOR
     (height, width), (out_height, out_width) = shape.in_size, shape.out_size
@@ -172,7 +178,7 @@ def _direct_of_half_weight(shape: "Shape") -> int:
     return total + (0 if first_blocks_rows else _BARRIER)
 
 
-def _exceeds_cache(shape: "Shape") -> bool:
+def _exceeds_cache(shape: Shape) -> bool:
     """Whether gradients of one image exceed the second cache, as oneDNN asks it: 2 MiB on machines with AMX, else 1."""
     return shape.out_channels * shape.out_pixels * 4 >= 2 * 2**20
 
@@ -190,11 +196,11 @@ class _Shares:
 
 
 def _candidates(threads: int, images: int, out_blocks: int, in_blocks: int) -> list[_Shares]:
-    found = []
-    for of_images in range(1, min(threads, images) + 1):
-        for of_out in range(1, min(threads // of_images, out_blocks) + 1):
-            found.append(_Shares(of_images, of_out, min(threads // of_images // of_out, in_blocks)))
-    return found
+    return [
+        _Shares(of_images, of_out, min(threads // of_images // of_out, in_blocks))
+        for of_images in range(1, min(threads, images) + 1)
+        for of_out in range(1, min(threads // of_images, out_blocks) + 1)
+    ]
 
 
 def _cheapest(candidates: list[_Shares], cost: Callable[[_Shares], float]) -> _Shares:
@@ -206,7 +212,7 @@ def _cheapest(candidates: list[_Shares], cost: Callable[[_Shares], float]) -> _S
     return best
 
 
-def _share_pointwise(shape: "Shape", in_blocks: int, out_blocks: int) -> _Shares:
+def _share_pointwise(shape: Shape, in_blocks: int, out_blocks: int) -> _Shares:
     threads = _threads()
     if threads < shape.groups:
         return _Shares()
@@ -227,12 +233,12 @@ def _share_pointwise(shape: "Shape", in_blocks: int, out_blocks: int) -> _Shares
     return best
 
 
-def _reduce_blocks(shape: "Shape") -> int:
+def _reduce_blocks(shape: Shape) -> int:
     """Parts of about 16 pixels into which one image is cut."""
     return max(1, shape.out_pixels // _VECTOR)
 
 
-def _share_direct(shape: "Shape") -> _Shares:
+def _share_direct(shape: Shape) -> _Shares:
     threads = _threads()
     if threads < shape.groups:
         return _Shares()
@@ -267,7 +273,7 @@ def _share_direct(shape: "Shape") -> _Shares:
     return best
 
 
-def _share_half(shape: "Shape", in_blocks: int, out_blocks: int, column: int, out_column: int) -> _Shares:
+def _share_half(shape: Shape, in_blocks: int, out_blocks: int, column: int, out_column: int) -> _Shares:
     threads = _threads()
     if threads < shape.groups:
         return _Shares()
@@ -293,7 +299,7 @@ def _share_half(shape: "Shape", in_blocks: int, out_blocks: int, column: int, ou
     return best
 
 
-def _is_whole_map(shape: "Shape", column: int, out_column: int) -> bool:
+def _is_whole_map(shape: Shape, column: int, out_column: int) -> bool:
     """Whether the kernel walks whole maps: 3x3 and the like, of at least 128 channels, whose rows fit the cache."""
     same = shape.in_size == shape.out_size and 1 not in shape.kernel and not shape.is_strided and not shape.is_dilated
     centred = shape.padding == (shape.kernel[0] // 2, shape.kernel[1] // 2)

@@ -5,6 +5,7 @@ backward run without it, and its optimizer does more. What is traced is forward,
 step and the optimizer of the second, in this order; first step and steady state are put together from these parts.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,9 @@ from memseg.profiling.job import LOSS, Job, run_batch
 from memseg.profiling.placement import Placement, check_placement, placed
 from memseg.profiling.timeline import Category, LayerRow, Phase, Timeline, nearest_layer
 from memseg.profiling.trace import StepTracer
+
+_NO_VALUES = "is not supported for tensor subclasses"
+"""What torch says where a tensor's values are asked for as an array."""
 
 
 class UntraceableError(InputError):
@@ -128,8 +132,10 @@ def trace_job(
         UnknownNameError: `placement` names what is no layer.
         InputError: the step fails, and where.
     """
-    with nullcontext() if real else FakeTensorMode():
+    with _quiet(), nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True):
         job = make()
+        if job.accumulation < 1:
+            raise InputError(f"accumulation must be at least 1, got {job.accumulation}")
         tracer = StepTracer(job.layers, device=device)
         with ExitStack() as around:
             if placement:
@@ -152,9 +158,13 @@ def _trace(job: Job, tracer: StepTracer, device: str, data_parallel: DataParalle
     tracer.know(job.inputs, Category.INPUT)
     buckets = make_buckets(job.model.parameters(), data_parallel) if data_parallel else []
     tracer.know([*buckets, *job.buffers], Category.COMMUNICATION)
+    if job.keep_gradients:
+        for name, tensors in owners:
+            tracer.know(make_gradients(tensors), Category.GRADIENT, name)
     work: list[Mapping[tuple[Phase, str], Work]] = []
     with tracer.tracing():
         for _ in range(min(job.accumulation, 2)):
+            loss = None
             loss = run_batch(job, begin=tracer.begin, layer=tracer.layer)
             work.append(tracer.take_work())
         for name, tensors in owners:
@@ -162,7 +172,7 @@ def _trace(job: Job, tracer: StepTracer, device: str, data_parallel: DataParalle
         first_update = tracer.begin(Phase.OPTIMIZER)
         if job.optimizer is not None:
             job.optimizer.step()
-            tracer.know(optimizer_state(job.optimizer), Category.OPTIMIZER_STATE)
+            tracer.know(optimizer_state(job.optimizer, device), Category.OPTIMIZER_STATE)
             tracer.take_work()
         second_update = tracer.begin(Phase.OPTIMIZER)
         if job.optimizer is not None:
@@ -194,9 +204,26 @@ def _owners(job: Job) -> Iterator[tuple[str, list[Tensor]]]:
         known |= {id(tensor) for tensor in tensors}
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors that an optimizer keeps from step to step."""
-    return [value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor)]
+def make_gradients(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Gradients of zero for those that are trained and have none."""
+    for tensor in tensors:
+        if tensor.requires_grad and tensor.grad is None:
+            tensor.grad = torch.zeros_like(tensor)
+    return [tensor.grad for tensor in tensors if tensor.grad is not None]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, device: str = "cpu") -> list[Tensor]:
+    """The tensors that an optimizer keeps on a type of device from step to step.
+
+    Beside a GPU, counts of steps stay on the host, unless a fused or capturable optimizer reads them there.
+    """
+    found = []
+    for group in optimizer.param_groups:
+        on_host = {"step"} if device == "cuda" and not (group.get("fused") or group.get("capturable")) else set()
+        for parameter in group["params"]:
+            held = optimizer.state.get(parameter, {})
+            found += [value for key, value in held.items() if isinstance(value, Tensor) and key not in on_host]
+    return found
 
 
 def create_optimizer_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -260,15 +287,31 @@ def _telling_where(job: Job, tracer: StepTracer) -> Iterator[None]:
     except MemsegError:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
-        raise UntraceableError(
-            f"{job.name}: {tracer.where()} runs {error.func}, whose result depends on values, which tensors without "
-            "memory lack. Take the values out of forward (compute them from shapes, or once before training), "
-            "leave the layer out, or trace a small batch on real tensors: real=True in Python, --real on the command "
-            "line"
-        ) from error
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        raise _untraceable(job, tracer, str(error.func)) from error
+    except Exception as error:
+        if _NO_VALUES in str(error):
+            raise _untraceable(job, tracer, ".numpy()") from error
         message = " ".join(str(error).split())
         raise InputError(
             f"{job.name} does not run on {', '.join(map(_describe, job.inputs))}: {tracer.where()} fails with "
             f"{type(error).__name__}: {message[:400]}"
         ) from error
+
+
+def _untraceable(job: Job, tracer: StepTracer, operation: str) -> UntraceableError:
+    return UntraceableError(
+        f"{job.name}: {tracer.where()} runs {operation}, whose result depends on values, which tensors without memory "
+        "lack. Take the values out of forward (compute them from shapes, or once before training), leave the layer "
+        "out, or trace a small batch on real tensors: real=True in Python, --real on the command line"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch logs a traceback of its own where a fake operation fails; the error that is raised says it all."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled

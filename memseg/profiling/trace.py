@@ -32,6 +32,8 @@ from memseg.profiling.work import operation_work
 from memseg.profiling.workspace import kernel_workspace
 
 _aten = torch.ops.aten
+_OF_ACCUMULATION = 2**64 - 1
+"""Sequence number of the nodes that add up a parameter's gradient; they were made by no layer's forward."""
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _DEVICE_OF = torch.ops.prim.device.default
 
@@ -114,6 +116,7 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self._stack: list[str] = []
         self._ended = ""
+        self._owners: dict[int, str] = {}
         self._spans = _LayerSpans()
         self.card_of: Callable[[str], int] = lambda layer: 0
         """The card of what a layer makes of nothing; what is made of tensors lies where the first of them does."""
@@ -154,6 +157,8 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             live = self._see(tensor, layer, "")
             live.category = category
+            if category is Category.PARAMETER:
+                self._owners[id(tensor)] = layer
 
     def card(self, tensor: Tensor) -> int:
         """Index of the card that a tensor lies on; 0 for one that was never seen."""
@@ -301,7 +306,10 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._stack[-1]
         node: Any = torch._C._current_autograd_node()
         if node is not None:
-            return self._spans.find(node._sequence_nr())
+            number = node._sequence_nr()
+            if number == _OF_ACCUMULATION:
+                return self._owners.get(id(node.variable), "")
+            return self._spans.find(number)
         # Before its first node, backward makes the gradient of what forward ended with.
         return self._ended if self.phase is Phase.BACKWARD else ""
 
@@ -317,6 +325,7 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._leave()
 
     def _enter(self, name: str) -> None:
+        self._last = name
         self._stack.append(name)
         self._spans.enter(_sequence_number(), name)
 

@@ -19,7 +19,9 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from memseg.profiling import onednn
-from memseg.profiling.onednn import Kernel, Layout, Shape, round_up
+from memseg.profiling.convolution_shape import Shape, round_up
+from memseg.profiling.onednn import Kernel, Layout
+from memseg.profiling.onednn_scratch import ALIGNMENT
 from memseg.profiling.transient import Ledger, Transient
 
 _aten = torch.ops.aten
@@ -42,7 +44,9 @@ def cpu_convolution_workspace(func: Any, args: tuple[Any, ...]) -> list[Transien
         backend = torch._C._select_conv_backend(x, weight, bias, *geometry, None)
         ledger = Ledger()
         if backend not in _OWN:
-            _onednn_forward(ledger, _shape(x, weight, geometry, bias=bias is not None), x, weight, transposed=transposed)
+            _onednn_forward(
+                ledger, _shape(x, weight, geometry, bias=bias is not None), x, weight, transposed=transposed
+            )
         else:
             _own_forward(ledger, backend, _shape(x, weight, geometry, bias=bias is not None), x, weight)
         return ledger.transients()
@@ -50,8 +54,7 @@ def cpu_convolution_workspace(func: Any, args: tuple[Any, ...]) -> list[Transien
         grad, x, weight, _, stride, padding, dilation, transposed, output_padding, groups, wanted = args
         geometry = stride, padding, dilation, transposed, output_padding, groups
         backend = torch._C._select_conv_backend(x, weight, None, *geometry, None)
-        ledger = Ledger()
-        shape = _shape(x, weight, geometry, bias=bool(wanted[2]))
+        ledger, shape = Ledger(), _shape(x, weight, geometry, bias=bool(wanted[2]))
         if backend not in _OWN:
             _onednn_backward(ledger, shape, grad, x, weight, wanted, transposed=transposed)
         else:
@@ -99,8 +102,8 @@ def _shape(x: Tensor, weight: Tensor, geometry: tuple[Any, ...], *, bias: bool) 
 
 def _onednn_forward(ledger: Ledger, shape: Shape, x: Tensor, weight: Tensor, *, transposed: bool) -> None:
     copied = _relaid_bytes(shape, x) + _relaid_bytes(shape, weight)
-    kernel = onednn.of_input(_turned(shape)) if transposed else onednn.forward(shape)
-    nested = onednn.scratch.ALIGNMENT if transposed and kernel.scratch_bytes else 0
+    kernel = onednn.of_input(shape.turned()) if transposed else onednn.forward(shape)
+    nested = ALIGNMENT if transposed and kernel.scratch_bytes else 0
     ledger.take(copied)
     if shape.channels_last:
         ledger.make()
@@ -119,7 +122,7 @@ def _onednn_backward(
     ledger.take(*(_relaid_bytes(shape, tensor) for tensor in (grad, x, weight)))
     in_channels, out_channels = _in_channels(shape), _out_channels(shape)
     if wanted[0]:
-        kernel = onednn.forward(_turned(shape)) if transposed else onednn.of_input(shape)
+        kernel = onednn.forward(shape.turned()) if transposed else onednn.of_input(shape)
         if shape.channels_last:
             ledger.make()
             ledger.pass_by(kernel.weight_bytes, kernel.scratch_bytes)
@@ -132,7 +135,7 @@ def _onednn_backward(
             _make_plain(ledger, shape, kernel, in_bytes, _plain_bytes(shape, in_channels, shape.in_pixels))
     if not (wanted[1] or wanted[2]):
         return
-    kernel = onednn.of_weight(_turned(shape) if transposed else shape)
+    kernel = onednn.of_weight(shape.turned() if transposed else shape)
     bias_bytes = out_channels * shape.itemsize if wanted[2] else 0
     copies = [0]
     if not shape.channels_last:
@@ -160,11 +163,6 @@ def _make_plain(ledger: Ledger, shape: Shape, kernel: Kernel, taken_bytes: int, 
     ledger.give(taken_bytes)
     if kernel.layout is Layout.LAST:
         ledger.give(made_bytes)
-
-
-def _turned(shape: Shape) -> Shape:
-    """A transposed convolution as the one that it is the gradient of."""
-    return shape.turned()
 
 
 def _in_channels(shape: Shape) -> int:
@@ -204,6 +202,7 @@ def _copy_bytes(shape: Shape, kernel: Kernel, channels: int, pixels: int) -> int
 def _own_forward(ledger: Ledger, backend: Any, shape: Shape, x: Tensor, weight: Tensor) -> None:
     one_group = _columns_bytes(backend, shape, shape.images)
     made = _plain_bytes(shape, _out_channels(shape), shape.out_pixels)
+    ledger.take(_relaid_bytes(shape, x), _relaid_bytes(shape, weight))
     if shape.groups > 1:
         part = _plain_bytes(shape, shape.in_channels, shape.in_pixels)
         ledger.take(made - made // shape.groups)
@@ -211,7 +210,6 @@ def _own_forward(ledger: Ledger, backend: Any, shape: Shape, x: Tensor, weight: 
         ledger.take(made // shape.groups)
         ledger.make()
         return
-    ledger.take(_relaid_bytes(shape, x), _relaid_bytes(shape, weight))
     if backend == _Backend.Slow2d:
         ledger.take(one_group)
         ledger.make()
@@ -224,6 +222,7 @@ def _own_backward(
     ledger: Ledger, backend: Any, shape: Shape, grad: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]
 ) -> None:
     columns = _columns_bytes(backend, shape, shape.images, backward=True)
+    ledger.take(*(_relaid_bytes(shape, tensor) for tensor in (grad, x, weight)))
     if shape.groups > 1:
         parts = [x.nbytes * wanted[0], weight.nbytes * wanted[1]]
         reads = [_plain_bytes(shape, shape.in_channels, shape.in_pixels)]
@@ -233,10 +232,9 @@ def _own_backward(
         for _ in range(sum(wanted)):
             ledger.make()
         return
-    ledger.take(*(_relaid_bytes(shape, tensor) for tensor in (grad, x, weight)))
     if backend != _Backend.Slow2d and wanted[0]:
         ledger.make()
-        ledger.pass_by(columns if wanted[0] else 0)
+        ledger.pass_by(columns)
     elif wanted[0]:
         ledger.make()
     for _ in range(sum(wanted[1:])):

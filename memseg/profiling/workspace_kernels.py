@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.utils._pytree import tree_leaves
 
 from memseg.nn.autograd import HALF_DTYPES
 from memseg.profiling.transient import Ledger, Transient
@@ -24,9 +23,7 @@ _aten = torch.ops.aten
 _Rule = Callable[..., list[Transient]]
 
 _PROMOTING = {
-    getattr(_aten, name + suffix)
-    for name in ("add", "sub", "mul", "div", "addcmul", "addcdiv")
-    for suffix in ("", "_")
+    getattr(_aten, name + suffix) for name in ("add", "sub", "mul", "div", "addcmul", "addcdiv") for suffix in ("", "_")
 } | {_aten.maximum, _aten.minimum, _aten.eq, _aten.ne, _aten.lt, _aten.le, _aten.gt, _aten.ge}
 
 
@@ -122,16 +119,15 @@ def _roll(x: Tensor, shifts: Any, dims: Any = ()) -> list[Transient]:
 
 
 def _upsample(x: Tensor, output_size: list[int], *_: Any, **__: Any) -> list[Transient]:
-    """UpSampleKernel.cpp: small contiguous maps, up to 128 rows and columns together, go through channels-last ones."""
-    out_pixels = output_size[0] * output_size[1]
+    """UpSampleKernel.cpp: channels-last maps, and small ones of up to 128 rows and columns together, are made so."""
     channels_last = torch.channels_last
-    if x.is_contiguous(memory_format=channels_last) and (x.shape[1] > 3 or sum(output_size) <= 128):
-        return []
-    if sum(output_size) <= 128:
-        out_bytes = x.shape[0] * x.shape[1] * out_pixels * x.element_size()
-        copied = 0 if suggest_memory_format(x) is channels_last else out_bytes
-        return _after_outputs(1, _bytes(x), copied)
-    return _after_outputs(1, 0 if x.is_contiguous() else _bytes(x))
+    lies_last = x.is_contiguous(memory_format=channels_last)
+    if not (lies_last and x.shape[1] > 3) and sum(output_size) > 128:
+        # For each row and column made, the indices and weights of the two that it is made of.
+        tables = sum(output_size) * 2 * (8 + _wide(x))
+        return _after_outputs(1, tables, 0 if x.is_contiguous() else _bytes(x))
+    made = x.shape[0] * x.shape[1] * output_size[0] * output_size[1] * x.element_size()
+    return _after_outputs(1, 0 if lies_last else _bytes(x), 0 if suggest_memory_format(x) is channels_last else made)
 
 
 def _upsample_backward(grad: Tensor, _output_size: Any, input_size: list[int], *_: Any, **__: Any) -> list[Transient]:

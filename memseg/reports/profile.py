@@ -106,7 +106,7 @@ class ProfileReport:
         """Phase and layer of the peak, in words."""
         phase, layer = self.timeline.peak_moment
         step = " of the first step" if self.is_first_step else ""
-        return f"{phase} of {layer}{step}" if layer else f"{phase} step"
+        return f"{phase} of {layer}{step}" if layer else f"{phase} step{step}"
 
     @cached_property
     def alive(self) -> list[AliveTensor]:

@@ -4,12 +4,20 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from memseg.errors import InputError, UnknownNameError
 from memseg.levels import NormMode, Recompute
 from memseg.models import build_model
-from memseg.profiling import measure_step, watch_allocator
-from memseg.profiling import profile_step
+from memseg.profiling import (
+    UntraceableError,
+    foreign_job,
+    measure_step,
+    named_optimizer,
+    profile_step,
+    trace_job,
+    watch_allocator,
+)
 from memseg.profiling.job import LOSS
 from memseg.profiling.timeline import Category, Phase
 
@@ -19,12 +27,18 @@ IMAGE, BATCH = (128, 256), 2
 
 @pytest.fixture(scope="module")
 def profile():
-    """Of the plain network."""
+    """Of the plain network, whose optimizer is Adam in one kernel."""
     return profile_step(partial(build_model, MINI), image=IMAGE, batch=BATCH)
 
 
-@pytest.mark.parametrize("norm", NormMode)
-@pytest.mark.parametrize("level", Recompute)
+@pytest.mark.parametrize(
+    ("level", "norm"),
+    [
+        *((level, NormMode.BATCH) for level in Recompute),
+        (Recompute.UNITS, NormMode.FROZEN),
+        (Recompute.NORMS, NormMode.SYNCED),
+    ],
+)
 def test_the_predicted_peak_is_the_measured_one(level, norm):
     build = partial(build_model, MINI, norm=norm)
     predicted = profile_step(build, image=IMAGE, batch=BATCH, recompute=level).timeline.peak_allocated_bytes
@@ -108,6 +122,79 @@ def test_memory_at_the_end_of_a_step_is_that_of_its_beginning_and_the_gradients(
     fixed = {Category.PARAMETER, Category.OPTIMIZER_STATE, Category.INPUT, Category.GRADIENT}
     # The loss itself, 4 bytes, is still the caller's.
     assert at_end - {Category.SAVED, Category.TEMPORARY} == fixed
+
+
+def test_the_first_step_runs_without_the_optimizers_state(profile):
+    first, steady = profile.first_timeline, profile.timeline
+    assert first.by_category(first.backward_start)[Category.OPTIMIZER_STATE] == 0
+    assert profile.peak_allocated_bytes == max(first.peak_allocated_bytes, steady.peak_allocated_bytes)
+    # Forward and backward are the same, above what is there before them.
+    state = steady.by_category()[Category.OPTIMIZER_STATE]
+    assert steady.curve[steady.backward_start] - first.curve[first.backward_start] == state
+    last = first.by_category(first.instants - 1)
+    assert last[Category.OPTIMIZER_STATE] == state
+    assert last[Category.GRADIENT] == steady.by_category(steady.instants - 1)[Category.GRADIENT]
+
+
+def test_the_batch_is_told_in_words(profile):
+    assert profile.inputs == ("float32 2x3x128x256", "uint8 2x128x256")
+    assert (profile.model, profile.device, profile.accumulation) == (MINI, "cpu", 1)
+
+
+def test_a_network_of_ours_is_exact_where_gradients_add_up():
+    step = {
+        "image": (64, 128),
+        "batch": BATCH,
+        "accumulation": 2,
+        "optimizer": named_optimizer("momentum"),
+        "recompute": Recompute.UNITS,
+    }
+    predicted = profile_step(partial(build_model, MINI), **step).peak_allocated_bytes
+    assert abs(predicted - measure_step(partial(build_model, MINI), **step)) <= 256
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_belongs_to_the_layer_of_its_parameter(layout):
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
+
+    # Of images that lie otherwise than the weights, so do the gradients, and autograd copies them where they end.
+    images = torch.ones(2, 3, 16, 16).contiguous(memory_format=layout)
+    found = trace_job(partial(foreign_job, build, images, optimizer=None))
+    gradients = [one for one in found.timeline.allocations if one.category is Category.GRADIENT]
+    assert {(one.layer, one.size_bytes) for one in gradients} == {
+        *(("0", 4 * 16 * 27), ("0", 4 * 16)),
+        *(("2", 4 * 4 * 144), ("2", 4 * 4)),
+    }
+
+
+def test_parameters_of_the_model_itself_are_its_own_line():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.first = nn.Parameter(torch.ones(16)), nn.Linear(16, 4)
+
+        def forward(self, images):
+            return self.first(images * self.scale)
+
+    found = trace_job(partial(foreign_job, Scaled, torch.ones(8, 16), optimizer=None))
+    rows = {layer.row.name: layer.row for layer in found.layers()}
+    assert list(rows) == ["", "first", LOSS]
+    assert (rows[""].parameter_bytes, rows[""].saved_bytes) == (16 * 4, 8 * 16 * 4)
+
+
+def test_a_step_that_reads_values_outside_of_every_layer_says_so():
+    class Cut(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(16, 4)
+
+        def forward(self, images):
+            return self.first(images[: int(images.sum())])
+
+    assert issubclass(UntraceableError, InputError)
+    with pytest.raises(UntraceableError, match=r"Cut: the model itself runs aten\._local_scalar_dense"):
+        trace_job(partial(foreign_job, Cut, torch.ones(8, 16), optimizer=None))
 
 
 def test_a_gpu_takes_other_workspaces_than_a_cpu():
