@@ -40,7 +40,7 @@ import torch
 from benchmarks import prediction_cases
 from benchmarks.prediction_cases import CASES, Case
 from benchmarks.result import machine, tell, versions
-from memseg.errors import InputError, MemsegError, UnknownNameError
+from memseg.errors import InputError, MemsegError
 from memseg.files import replace_file
 from memseg.profiling import measure_job, trace_job
 from memseg.running.launch import end_with_parent
@@ -286,15 +286,18 @@ def chosen_cases(only: str | None) -> list[str]:
     """Names of cases that any of the patterns matches, in the order in which they are run.
 
     Raises:
-        UnknownNameError: a pattern matches none.
+        InputError: a pattern matches none.
 
+    >>> chosen_cases("unet/*,resnet19/*")
+    Traceback (most recent call last):
+    memseg.errors.InputError: no case matches 'resnet19/*'; --list names them all, and * stands for any part of a name
     >>> chosen_cases("ladder*/float16/*,unet*/momentum")
     ['ladder-densenet-mini/2x3x64x128/units/frozen/float16/adamw-loop', 'unet/2x3x256x512/channels-last/momentum']
     """
     patterns = ["*"] if only is None else [pattern.strip() for pattern in only.split(",")]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in CASES):
-            raise UnknownNameError("case", pattern, CASES)
+            raise InputError(f"no case matches {pattern!r}; --list names them all, and * stands for any part of a name")
     return [name for name in CASES if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 

@@ -4,7 +4,7 @@ Three kinds of network: memseg's own, at every recompute level and in every norm
 small ones with what those lack. Between them they go through all precisions, optimizers and their kernels, accumulated
 gradients, both memory layouts, and what `memseg.nn` does to other people's networks. Names tell what is not usual:
 
-    ladder-densenet-mini/2x3x256x512/units/frozen/bfloat16/sgd-fused/accumulate-3
+    ladder-densenet-mini/2x3x128x256/segment/frozen/bfloat16/sgd-fused/accumulate-3
     fcn_resnet50/2x3x128x256/channels-last/momentum
 
 Sizes are such that feature maps are most of the memory, and that all steps together take minutes. Left out for that are
@@ -207,24 +207,24 @@ _LADDERS: tuple[tuple[str, tuple[int, ...], str, str, str, str, int], ...] = (
     (_MINI, _LARGE, "norms", "batch", "bfloat16", "adamw", 1),
     (_MINI, _LARGE, "norms", "frozen", "float32", "sgd-loop", 1),
     (_MINI, _SMALL, "norms", "synced", "float64", "adam-loop", 3),
-    (_MINI, _LARGE, "units", "batch", "float32", "adam-fused", 3),
+    (_MINI, _SMALL, "units", "batch", "float32", "adam-fused", 3),
     (_MINI, _TINY, "units", "frozen", "float16", "adamw-loop", 1),
     (_MINI, _MIDDLE, "units", "synced", "float32", "momentum-foreach", 1),
     (_MINI, _LARGE, "segment", "batch", "float64", "adam-foreach", 1),
-    (_MINI, _LARGE, "segment", "frozen", "bfloat16", "sgd-fused", 3),
+    (_MINI, _SMALL, "segment", "frozen", "bfloat16", "sgd-fused", 3),
     (_MINI, _LARGE, "segment", "synced", "float32", "adamw-fused", 1),
     (_121, _LARGE, "none", "batch", "float32", "adam-fused", 1),
     (_121, _SMALL, "none", "frozen", "bfloat16", "sgd-foreach", 1),
     (_121, _SMALL, "none", "synced", "float64", "momentum-loop", 1),
     (_121, _LARGE, "norms", "batch", "float32", "adamw-foreach", 1),
     (_121, _MIDDLE, "norms", "frozen", "float64", "adam", 1),
-    (_121, _SMALL, "norms", "synced", "bfloat16", "momentum-fused", 3),
-    (_121, _LARGE, "units", "batch", "bfloat16", "adam", 1),
+    (_121, _SMALL, "norms", "synced", "bfloat16", "momentum-fused", 1),
+    (_121, _MIDDLE, "units", "batch", "bfloat16", "adam", 1),
     (_121, _SMALL, "units", "frozen", "float32", "adamw", 3),
     (_121, _MIDDLE, "units", "synced", "float64", "sgd", 1),
-    (_121, _LARGE, "segment", "batch", "float32", "momentum", 1),
+    (_121, _MIDDLE, "segment", "batch", "float32", "momentum", 1),
     (_121, _SMALL, "segment", "frozen", "float64", "adamw-fused", 1),
-    (_121, _SMALL, "segment", "synced", "bfloat16", "adam-loop", 3),
+    (_121, _SMALL, "segment", "synced", "bfloat16", "adam-loop", 1),
 )
 
 

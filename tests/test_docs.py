@@ -71,8 +71,9 @@ def test_every_link_leads_somewhere(page):
             assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_readme_s_python_example_prints_what_it_says(capsys):
-    (example,) = blocks(ROOT / "README.md", "python")
-    (expected,) = blocks(ROOT / "README.md", "text")
-    exec(compile(example, "README.md", "exec"), {})
-    assert capsys.readouterr().out == expected
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_readme_s_python_examples_print_what_they_say(number, capsys):
+    examples, expected = blocks(ROOT / "README.md", "python"), blocks(ROOT / "README.md", "text")
+    assert len(examples) == len(expected) == 2
+    exec(compile(examples[number], "README.md", "exec"), {})
+    assert capsys.readouterr().out == expected[number]

@@ -70,10 +70,9 @@ def of_input(shape: Shape) -> Kernel:
     brgemm_fits = not shape.is_depthwise or shape.is_half
     if shape.is_strided and brgemm_fits and not _has_small_groups(shape):
         # brgconv_strided: a map of gradients is laid out anew, with its padding, for each thread.
-        rows = 2 if shape.is_half else 1
-        weight_bytes = shape.padded_weight_bytes(simd_width(), rows)
+        weight_bytes = shape.padded_weight_bytes(simd_width(), _rows(shape))
         return Kernel(Layout.LAST, weight_bytes, scratch.strided_gradient(shape))
-    if shape.is_depthwise:
+    if shape.is_depthwise and shape.dtype != torch.float16:
         if not shape.is_dilated:
             return Kernel(_preferred(shape), _depthwise_weight_bytes(shape), 0)
         if shape.channels_last:
@@ -113,10 +112,14 @@ def _brgemm(shape: Shape, read_channels: int, made_channels: int) -> Kernel:
     """Batches of small matrix products over channels-last maps (brgconv); jit where groups are too small for them."""
     if _has_small_groups(shape):
         return Kernel(Layout.LAST, shape.weight_bytes, 0)
-    rows = 2 if shape.is_half else 1
-    made, read = round_up(made_channels, simd_width()), round_up(read_channels, rows)
+    made, read = round_up(made_channels, simd_width()), round_up(read_channels, _rows(shape))
     weight_bytes = shape.groups * made * read * shape.taps * shape.itemsize
     return Kernel(Layout.LAST, weight_bytes, scratch.batches(shape.taps))
+
+
+def _rows(shape: Shape) -> int:
+    """Values of a weight that lie together: bfloat16 is multiplied in pairs."""
+    return 2 if shape.dtype == torch.bfloat16 else 1
 
 
 def _is_direct(shape: Shape, *, long_row: int) -> bool:

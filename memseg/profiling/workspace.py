@@ -11,7 +11,7 @@ from memseg.profiling.workspace_convolution import cpu_convolution_workspace
 from memseg.profiling.workspace_cuda import cuda_workspace
 from memseg.profiling.workspace_kernels import torch_kernel_workspace
 
-__all__ = ["Transient", "convolution_workspace", "kernel_workspace"]
+__all__ = ["Transient", "kernel_workspace"]
 
 
 def kernel_workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> list[Transient]:
@@ -26,8 +26,3 @@ def kernel_workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], d
     if device != "cpu":
         return cuda_workspace(func, args)
     return cpu_convolution_workspace(func, args) or torch_kernel_workspace(func, args, kwargs)
-
-
-def convolution_workspace(func: Any, args: tuple[Any, ...], device: str) -> list[Transient]:
-    """`kernel_workspace`, by its former name."""
-    return kernel_workspace(func, args, {}, device)

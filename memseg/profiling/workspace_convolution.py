@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from memseg.profiling import onednn
 from memseg.profiling.convolution_shape import Shape, round_up
@@ -41,7 +42,7 @@ def cpu_convolution_workspace(func: Any, args: tuple[Any, ...]) -> list[Transien
     if packet is _aten.convolution:
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = args
         geometry = stride, padding, dilation, transposed, output_padding, groups
-        backend = torch._C._select_conv_backend(x, weight, bias, *geometry, None)
+        backend = _backend(x, weight, bias, geometry)
         ledger = Ledger()
         if backend not in _OWN:
             _onednn_forward(
@@ -53,7 +54,7 @@ def cpu_convolution_workspace(func: Any, args: tuple[Any, ...]) -> list[Transien
     if packet is _aten.convolution_backward:
         grad, x, weight, _, stride, padding, dilation, transposed, output_padding, groups, wanted = args
         geometry = stride, padding, dilation, transposed, output_padding, groups
-        backend = torch._C._select_conv_backend(x, weight, None, *geometry, None)
+        backend = _backend(x, weight, None, geometry)
         ledger, shape = Ledger(), _shape(x, weight, geometry, bias=bool(wanted[2]))
         if backend not in _OWN:
             _onednn_backward(ledger, shape, grad, x, weight, wanted, transposed=transposed)
@@ -61,6 +62,18 @@ def cpu_convolution_workspace(func: Any, args: tuple[Any, ...]) -> list[Transien
             _own_backward(ledger, backend, shape, grad, x, weight, wanted)
         return ledger.transients()
     return []
+
+
+def _backend(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...]) -> Any:
+    """Which way torch goes on the CPU; it would not say so of meta tensors, on which bodies of operators are traced."""
+    if not x.is_meta:
+        return torch._C._select_conv_backend(x, weight, bias, *geometry, None)
+    with unset_fake_temporarily(), FakeTensorMode():
+        twins = [
+            None if one is None else torch.empty_strided(one.shape, one.stride(), dtype=one.dtype)
+            for one in (x, weight, bias)
+        ]
+        return torch._C._select_conv_backend(*twins, *geometry, None)
 
 
 def _shape(x: Tensor, weight: Tensor, geometry: tuple[Any, ...], *, bias: bool) -> Shape:
@@ -239,7 +252,9 @@ def _own_backward(
         ledger.make()
     for _ in range(sum(wanted[1:])):
         ledger.make()
-    ledger.take(columns)
+    # The whole batch is unfolded for the gradient of the weight alone.
+    if wanted[1] or backend != _Backend.Slow2d:
+        ledger.take(columns)
 
 
 def _columns_bytes(backend: Any, shape: Shape, images: int, *, backward: bool = False) -> int:

@@ -23,8 +23,10 @@ _aten = torch.ops.aten
 _Rule = Callable[..., list[Transient]]
 
 _PROMOTING = {
-    getattr(_aten, name + suffix) for name in ("add", "sub", "mul", "div", "addcmul", "addcdiv") for suffix in ("", "_")
-} | {_aten.maximum, _aten.minimum, _aten.eq, _aten.ne, _aten.lt, _aten.le, _aten.gt, _aten.ge}
+    getattr(_aten, name + suffix)
+    for name in ("add", "sub", "mul", "div", "addcmul", "addcdiv", "lerp")
+    for suffix in ("", "_")
+} | {_aten.threshold_backward, _aten.maximum, _aten.minimum, _aten.eq, _aten.ne, _aten.lt, _aten.le, _aten.gt, _aten.ge}
 
 
 def torch_kernel_workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Transient]:
@@ -37,18 +39,22 @@ def torch_kernel_workspace(func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     """
     packet = func.overloadpacket
     if packet in _PROMOTING:
-        return _casts(args)
+        return _casts(func, args, kwargs)
     rule = _RULES.get(packet)
     return rule(*args, **kwargs) if rule is not None else []
 
 
-def _casts(args: tuple[Any, ...]) -> list[Transient]:
-    """TensorIterator.cpp, compute_types: operands of another type than the common one are cast as a whole."""
-    tensors = [leaf for leaf in args if isinstance(leaf, Tensor)]
-    if len({tensor.dtype for tensor in tensors}) < 2:
-        return []
-    common = reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor.dim()), torch.bool)
-    cast = sum(one.numel() * common.itemsize for one in tensors if one.dim() and one.dtype != common)
+def _casts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Transient]:
+    """TensorIterator.cpp, compute_types: operands of another type than the common one are cast as a whole.
+
+    What is written in place, or given to be written, is computed in a tensor of the common type first.
+    """
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    written = {one.name for one in func._schema.arguments if one.alias_info is not None and one.alias_info.is_write}
+    read = [value for name, value in given.items() if isinstance(value, Tensor) and name not in written & kwargs.keys()]
+    common = reduce(torch.promote_types, (tensor.dtype for tensor in read if tensor.dim()), torch.bool)
+    operands = [*read, *(given[name] for name in written if name in given)]
+    cast = sum(one.numel() * common.itemsize for one in operands if one.dim() and one.dtype != common)
     return [Transient(0, cast), Transient(1, cast)] if cast else []
 
 
