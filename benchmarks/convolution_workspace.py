@@ -59,7 +59,8 @@ class Convolution:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(N, out_channels, H / stride, W / stride); times the stride if transposed."""
-        return torch.ops.aten.convolution(x, weight, bias, *self._geometry())
+        out: Tensor = torch.ops.aten.convolution(x, weight, bias, *self._geometry())
+        return out
 
     def backward(self, grad: Tensor, x: Tensor, weight: Tensor) -> object:
         """Gradients of the input, where it is wanted, of the weight, and of the bias, where there is one."""

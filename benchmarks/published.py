@@ -24,6 +24,7 @@ from memseg.errors import InputError
 from memseg.profiling import DataParallel, foreign_job, trace_job
 from memseg.profiling.card_memory import training_events
 from memseg.profiling.replay import replay
+from memseg.profiling.timeline import Phase
 from memseg.units import GIB, parse_image
 
 _PROCESSES = 4
@@ -73,8 +74,8 @@ def read_runs(path: Path) -> list[PublishedRun]:
     ]
 
 
-def predicted_peaks(runs: list[PublishedRun]) -> Iterator[tuple[PublishedRun, int, str]]:
-    """Each run with the predicted peak of its allocator, bytes, and the moment of it.
+def predicted_peaks(runs: list[PublishedRun]) -> Iterator[tuple[PublishedRun, int, tuple[Phase, str]]]:
+    """Each run with the predicted peak of its allocator, bytes, and phase and layer of the peak.
 
     Raises:
         InputError: MMSegmentation is not installed.
@@ -100,5 +101,5 @@ def predicted_peaks(runs: list[PublishedRun]) -> Iterator[tuple[PublishedRun, in
         )
         with old_autograd():
             profile = trace_job(make, device="cuda", data_parallel=DataParallel(_PROCESSES))
-        phase, layer = profile.timeline.peak_moment
-        yield run, replay(training_events(profile)).peak_allocated_bytes, f"{phase} of {layer}"
+        peak = replay(training_events(profile)).peak_allocated_bytes
+        yield run, peak, profile.timeline.peak_moment

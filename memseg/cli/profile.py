@@ -162,7 +162,8 @@ def _profile(args: argparse.Namespace, request: Request, card: "Card") -> "Profi
         partial(request.make, real=args.real), device=card.kind, data_parallel=data_parallel, real=args.real
     )
     memory = card_memory(profile, card, settings=_allocator(args), replicas=args.replicas)
-    return ProfileReport(profile, card, memory, request.settings, judge_fit=args.card is not None)
+    settings = {"inputs": list(profile.inputs), **request.settings} if request.tells_inputs else request.settings
+    return ProfileReport(profile, card, memory, settings, judge_fit=args.card is not None)
 
 
 def _allocator(args: argparse.Namespace) -> "AllocatorSettings | None":

@@ -35,6 +35,8 @@ class Request:
     """Makes it; with `real`, of real tensors."""
     settings: dict[str, Any]
     """What was asked for, as the JSON tells it."""
+    tells_inputs: bool = False
+    """Whether the batch is told tensor by tensor, since it may be the model's own."""
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
@@ -159,13 +161,7 @@ def _foreign(args: argparse.Namespace, image: tuple[int, int]) -> Request:
             name=args.model,
         )
 
-    settings = {
-        "image": format_image(image),
-        "batch": args.batch,
-        "loss": loss_name,
-        **_common_settings(args, optimizer),
-    }
-    return Request(make, settings)
+    return Request(make, {"loss": loss_name, **_common_settings(args, optimizer)}, tells_inputs=True)
 
 
 def _common_settings(args: argparse.Namespace, optimizer: str) -> dict[str, Any]:

@@ -64,6 +64,15 @@ def _norm_backward(
     )
 
 
+def _layer_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = (*x.shape[: x.dim() - len(shape)], *[1] * len(shape))
+    dtype = _statistics_dtype(x, weight)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return out, x.new_empty(rows, dtype=dtype), x.new_empty(rows, dtype=dtype)
+
+
 def _update_stats(
     x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor]:
@@ -75,4 +84,5 @@ _OUTPUTS: dict[Any, Callable[..., Any]] = {
     _aten.native_batch_norm: _norm,
     _aten.native_batch_norm_backward: _norm_backward,
     _aten.batch_norm_update_stats: _update_stats,
+    _aten.native_layer_norm: _layer_norm,
 }

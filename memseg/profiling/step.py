@@ -73,6 +73,8 @@ class StepProfile:
     """"cpu" or "cuda": whose kernels were counted."""
     precision: Precision = Precision.FLOAT32
     accumulation: int = 1
+    uncounted: tuple[str, ...] = ()
+    """What takes memory that is not in the timelines, in words, with the first layer that runs it."""
 
     @property
     def peak_allocated_bytes(self) -> int:
@@ -192,6 +194,7 @@ def _trace(job: Job, tracer: StepTracer, device: str, data_parallel: DataParalle
         device=device,
         precision=job.precision,
         accumulation=job.accumulation,
+        uncounted=tuple(f"{what} ({layer or job.name})" for what, layer in tracer.uncounted.items()),
     )
 
 

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +36,10 @@ _aten = torch.ops.aten
 _OF_ACCUMULATION = 2**64 - 1
 """Sequence number of the nodes that add up a parameter's gradient; they were made by no layer's forward."""
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_UNCOUNTED = {
+    torch.ops.aten.mkldnn_rnn_layer: "what an LSTM keeps for backward inside itself",
+    torch.ops.aten._cudnn_rnn: "what a recurrent network keeps for backward inside itself",
+}
 _DEVICE_OF = torch.ops.prim.device.default
 
 
@@ -117,6 +122,8 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stack: list[str] = []
         self._ended = ""
         self._owners: dict[int, str] = {}
+        self.uncounted: dict[str, str] = {}
+        """What takes memory that nobody here knows, and the first layer that runs it."""
         self._spans = _LayerSpans()
         self.card_of: Callable[[str], int] = lambda layer: 0
         """The card of what a layer makes of nothing; what is made of tensors lies where the first of them does."""
@@ -208,13 +215,15 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Asked more often than anything is computed, whenever torch looks where a fake tensor lies.
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE.name):
+        if _is_composite(func):
             # Below autograd's own dispatch, as in the body of a banded operator, these arrive whole. They are taken
             # apart as a real run does it, not as torch's decompositions in Python do.
             with self:
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         layer = self._layer()
         name = str(func)
+        if func.overloadpacket in _UNCOUNTED:
+            self.uncounted.setdefault(_UNCOUNTED[func.overloadpacket], layer)
         self._last = layer
         out = run_by_shape(func, args, kwargs)
         read, made = list(_tensors(args)), list(_tensors(out))
@@ -332,6 +341,13 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leave(self) -> None:
         self._ended = self._stack.pop()
         self._spans.enter(_sequence_number(), self._stack[-1] if self._stack else "")
+
+
+@cache
+def _is_composite(func: Any) -> bool:
+    """Whether the CPU runs an operator as the operators that it is made of."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has(func.name(), _COMPOSITE.name) and not has(func.name(), "CPU")
 
 
 def _sequence_number() -> int:

@@ -26,7 +26,7 @@ from memseg.profiling.onednn_scratch import ALIGNMENT
 from memseg.profiling.transient import Ledger, Transient
 
 _aten = torch.ops.aten
-_Backend = torch._C._ConvBackend
+_Backend = torch._C._ConvBackend  # type: ignore[attr-defined]
 _OWN = (_Backend.Slow2d, _Backend.SlowDilated2d, _Backend.SlowTranspose2d)
 """The rest is oneDNN's: torch has no name for its transposed one."""
 

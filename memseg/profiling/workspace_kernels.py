@@ -101,6 +101,11 @@ def _softmax(x: Tensor, *_: Any) -> list[Transient]:
     return _after_outputs(1, 0 if x.is_contiguous() else _bytes(x))
 
 
+def _safe_softmax(x: Tensor, dim: int, *_: Any, **__: Any) -> list[Transient]:
+    """SoftMax.cpp: beside the softmax, which values are masked, and which rows are so as a whole."""
+    return _after_outputs(1, x.numel(), x.numel() // x.shape[dim])
+
+
 def _softmax_backward(grad: Tensor, output: Tensor, *_: Any) -> list[Transient]:
     """SoftMax.cpp: of contiguous copies."""
     return _after_outputs(1, *(0 if one.is_contiguous() else _bytes(one) for one in (grad, output)))
@@ -174,6 +179,11 @@ def _attention_block(query: Tensor, key: Tensor) -> tuple[int, int]:
     return min(rows, length), min(512, key.shape[2])
 
 
+def _embedding_backward(grad: Tensor, *_: Any) -> list[Transient]:
+    """Embedding.cpp: rows of a contiguous gradient."""
+    return _held(0 if grad.is_contiguous() else _bytes(grad), outputs=1)
+
+
 def _fused_step(_params: list[Tensor], grads: list[Tensor], *_: Any, **__: Any) -> list[Transient]:
     """FusedSGD.cpp, FusedAdam.cpp: a gradient that is not contiguous is copied, one after the other."""
     copied = max((_bytes(grad) for grad in grads if not grad.is_contiguous()), default=0)
@@ -219,6 +229,7 @@ _RULES: dict[Any, _Rule] = {
     _aten.native_batch_norm_backward: _batch_norm_backward,
     _aten.native_layer_norm: _layer_norm,
     _aten.native_layer_norm_backward: _layer_norm_backward,
+    _aten._safe_softmax: _safe_softmax,
     _aten._softmax: _softmax,
     _aten._log_softmax: _softmax,
     _aten._softmax_backward_data: _softmax_backward,
@@ -230,6 +241,7 @@ _RULES: dict[Any, _Rule] = {
     _aten.upsample_nearest2d: _upsample,
     _aten.upsample_bilinear2d_backward: _upsample_backward,
     _aten.upsample_nearest2d_backward: _upsample_backward,
+    _aten.embedding_dense_backward: _embedding_backward,
     _aten._fused_sgd_: _fused_step,
     _aten._fused_adam_: _fused_step,
     _aten._fused_adamw_: _fused_step,

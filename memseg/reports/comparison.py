@@ -85,6 +85,7 @@ class StoredProfile(StrictModel):
     first_step_peak_bytes: Bytes
     steady_step_peak_bytes: Bytes
     step_seconds: Seconds
+    uncounted: tuple[str, ...] = ()
     by_category: dict[str, Bytes]
     layers: tuple[StoredLayer, ...] = Field(min_length=1)
     alive_at_peak: tuple[dict[str, JsonValue], ...]

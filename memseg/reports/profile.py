@@ -179,6 +179,7 @@ def profile_object(report: ProfileReport, rows: Iterable[ProfileRow]) -> dict[st
         "first_step_peak_bytes": profile.first_timeline.peak_allocated_bytes,
         "steady_step_peak_bytes": profile.timeline.peak_allocated_bytes,
         "step_seconds": report.step_s,
+        "uncounted": list(profile.uncounted),
         "by_category": {category.replace(" ", "_"): size for category, size in report.timeline.by_category().items()},
         "layers": [asdict(row) for row in rows],
         "alive_at_peak": [_alive_object(one) for one in report.alive[:MOST_ALIVE]],

@@ -36,6 +36,10 @@ def profile_view(report: ProfileReport, rows: Sequence[ProfileRow], *, tree: boo
     first = report.profile.first_timeline.peak_allocated_bytes
     if not report.is_first_step and first != peak:
         lines.append(Text(f"first step, without optimizer state until its end: {format_bytes(first)}"))
+    if report.profile.uncounted:
+        lines.append(
+            Text(f"not counted, so that the peak is higher: {'; '.join(report.profile.uncounted)}", style="red")
+        )
     if report.measured_bytes is not None:
         lines.append(Text(measured_line(peak, report.measured_bytes)))
     if report.judge_fit:

@@ -88,6 +88,22 @@ def test_softmax_copies_channels_last_maps():
     assert predicted == measured
 
 
+def test_a_safe_softmax_marks_what_is_masked():
+    weights = torch.randn(2, 4, 64, 64)
+    predicted, measured = both_peaks(lambda x: aten._safe_softmax(x, -1), weights)
+    assert 0 <= measured - predicted <= SMALL_BYTES
+    assert predicted == weights.nbytes + weights.numel() + 2 * 4 * 64
+
+
+def test_an_embedding_copies_a_gradient_that_is_not_contiguous():
+    grad = torch.randn(128, 32, 64).transpose(0, 1)
+    ids = torch.randint(100, (32, 128))
+    predicted, measured = both_peaks(
+        lambda grad, ids: aten.embedding_dense_backward(grad, ids, 100, -1, False), grad, ids
+    )
+    assert predicted == measured == grad.nbytes + 100 * 64 * 4
+
+
 @pytest.mark.parametrize(
     ("shape", "size"), [((2, 32, 8, 16), (16, 32)), ((2, 32, 8, 16), (96, 96)), ((2, 32, 1, 1), (96, 96))]
 )
