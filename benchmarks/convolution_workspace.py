@@ -2,8 +2,8 @@
 
     python -m benchmarks.convolution_workspace [--json]
 
-The prediction (`memseg.profiling.workspace`) is the one that a trace on fake tensors makes; the measurement adds up the
-allocator's own events. On x86 with AVX-512 and without AMX they are equal, but where a row says otherwise.
+The prediction (`memseg.profiling.kernels.workspace`) is the one that a trace on fake tensors makes; the measurement
+adds up the allocator's own events. On x86 with AVX-512 and without AMX they are equal, but where a row says otherwise.
 """
 
 import argparse

@@ -22,8 +22,8 @@ from pathlib import Path
 from benchmarks.old_torch import old_autograd
 from memseg.errors import InputError
 from memseg.profiling import DataParallel, foreign_job, trace_job
+from memseg.profiling.allocator.replay import replay
 from memseg.profiling.card_memory import training_events
-from memseg.profiling.replay import replay
 from memseg.profiling.timeline import Phase
 from memseg.units import GIB, parse_image
 

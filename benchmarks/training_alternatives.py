@@ -34,7 +34,7 @@ from memseg.models import SegmentedModel, build_model, model_names
 from memseg.models.objective import Objective
 from memseg.nn import IGNORE_INDEX, fused_kernels
 from memseg.nn.convert import convert
-from memseg.profiling.job import fused_adam
+from memseg.profiling.jobs.job import fused_adam
 
 EXTRACTORS = ("densenet121", "densenet161", "densenet169", "densenet201")
 """torchvision's networks, of which the feature extractor is trained on its own."""

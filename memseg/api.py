@@ -10,11 +10,11 @@ from memseg.errors import InputError, UnknownNameError
 from memseg.levels import Precision
 from memseg.planning.cards import Card, parse_cards
 from memseg.profiling import DataParallel, foreign_job, named_optimizer, trace_job
-from memseg.profiling.allocator_settings import AllocatorSettings
+from memseg.profiling.allocator.settings import AllocatorSettings
 from memseg.profiling.card_memory import card_memory
-from memseg.profiling.job import OptimizerFactory
-from memseg.profiling.job_foreign import Loss
-from memseg.profiling.placement import Placement
+from memseg.profiling.jobs.foreign import Loss
+from memseg.profiling.jobs.job import OptimizerFactory
+from memseg.profiling.jobs.placement import Placement
 from memseg.reports.profile import ProfileReport
 
 

@@ -15,7 +15,7 @@ from memseg.units import format_bytes
 
 if TYPE_CHECKING:
     from memseg.planning import Card
-    from memseg.profiling.allocator_settings import AllocatorSettings
+    from memseg.profiling.allocator.settings import AllocatorSettings
     from memseg.reports.profile import ProfileReport, ProfileRow
 
 
@@ -167,7 +167,7 @@ def _profile(args: argparse.Namespace, request: Request, card: "Card") -> "Profi
 
 
 def _allocator(args: argparse.Namespace) -> "AllocatorSettings | None":
-    from memseg.profiling.allocator_settings import AllocatorSettings
+    from memseg.profiling.allocator.settings import AllocatorSettings
 
     return AllocatorSettings.parse(args.allocator) if args.allocator else None
 

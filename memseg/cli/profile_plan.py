@@ -20,7 +20,7 @@ def profile_plan(path: Path) -> list[ProfileReport]:
     from memseg.nn.precision import parameter_dtype
     from memseg.profiling import segmented_job, trace_job
     from memseg.profiling.card_memory import card_memory
-    from memseg.profiling.job_stage import stage_job
+    from memseg.profiling.jobs.stage import stage_job
 
     plan = load_plan(path)
     build = partial(

@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
     capacity = None if args.capacity is None else parse_bytes(args.capacity)
 
-    from memseg.profiling.allocator_settings import AllocatorSettings
-    from memseg.profiling.recording import read_snapshot
+    from memseg.profiling.allocator.recording import read_snapshot
+    from memseg.profiling.allocator.settings import AllocatorSettings
     from memseg.reports.replay import replay_object, try_settings
     from memseg.reports.replay_view import replay_view
 

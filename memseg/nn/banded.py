@@ -3,7 +3,7 @@
 A walk over bands is thousands of small operations. Registered with `torch.library.custom_op` it is one to a trace on
 fake tensors, and a node that torch.compile need not look into. What it allocates inside itself is the same for every
 band of a size; so each operator also says how to narrow its arguments to the fewest bands that show it all, and
-`memseg.profiling.scratch` traces the body over those.
+`memseg.profiling.kernels.inside` traces the body over those.
 """
 
 from collections.abc import Callable, Iterable

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from memseg.errors import InputError
 from memseg.planning.cards import Card
-from memseg.profiling.allocator_settings import AllocatorSettings
+from memseg.profiling.allocator.replay import FREE, Event, Replay, replay
+from memseg.profiling.allocator.settings import AllocatorSettings
 from memseg.profiling.device_memory import Term, device_terms
-from memseg.profiling.replay import FREE, Event, Replay, replay
 from memseg.profiling.step import StepProfile
 from memseg.profiling.timeline import Allocation, Category, Phase
 

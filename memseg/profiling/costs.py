@@ -22,7 +22,7 @@ from memseg.models.objective import Objective
 from memseg.models.segmented import IMAGES, SegmentedModel
 from memseg.nn.precision import computing
 from memseg.planning.costs import LOSS, TARGET, LevelCost, ModelCosts, SegmentCost, Work
-from memseg.profiling.job import OptimizerFactory, fused_adam
+from memseg.profiling.jobs.job import OptimizerFactory, fused_adam
 from memseg.profiling.step import create_optimizer_state
 from memseg.profiling.timeline import Category, Phase, Timeline
 from memseg.profiling.trace import StepTracer

@@ -15,7 +15,8 @@ of source code, and says so.
                 another thread than forward: two workspaces. cuBLASLt uses the same ones.
     NCCL        Buffers for each channel of a ring.
 
-Left out: what cuDNN takes inside one call (`memseg.profiling.workspace`), and what other processes and a desktop hold.
+Left out: what cuDNN takes inside one call (`memseg.profiling.kernels.cuda`), and what other processes and a desktop
+hold.
 """
 
 import re

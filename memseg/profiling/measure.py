@@ -13,7 +13,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from memseg.profiling.job import Job, run_step
+from memseg.profiling.jobs.job import Job, run_step
 
 _MEASURED_STEPS = 2
 """Optimizer state is born in the first step; the second is the steady state."""

@@ -22,10 +22,10 @@ from torch._subclasses.fake_tensor import (
 from memseg.errors import InputError, MemsegError
 from memseg.levels import Precision, Recompute
 from memseg.planning.costs import Work
-from memseg.profiling.cuda_semantics import cuda_semantics, foreach_by_default
-from memseg.profiling.data_parallel import DataParallel, make_buckets
-from memseg.profiling.job import LOSS, Job, run_batch
-from memseg.profiling.placement import Placement, check_placement, placed
+from memseg.profiling.jobs.data_parallel import DataParallel, make_buckets
+from memseg.profiling.jobs.job import LOSS, Job, run_batch
+from memseg.profiling.jobs.placement import Placement, check_placement, placed
+from memseg.profiling.kernels.cuda_semantics import cuda_semantics, foreach_by_default
 from memseg.profiling.timeline import Category, LayerRow, Phase, Timeline, nearest_layer
 from memseg.profiling.trace import StepTracer
 

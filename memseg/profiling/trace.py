@@ -3,7 +3,7 @@
 Fake tensors have shapes and storages but no memory, so a step of any size runs on any machine. A dispatch mode sees
 every operation below autograd: each storage that an operation returns for the first time is an allocation, and its
 end is seen through a weak reference. What a kernel allocates and frees inside itself is not seen: for convolutions
-`memseg.profiling.workspace` knows it, for operators of ours `memseg.profiling.scratch`.
+`memseg.profiling.kernels.workspace` knows it, for operators of ours `memseg.profiling.kernels.inside`.
 
 Layers are known in forward by module hooks. In backward the running autograd node tells: its sequence number lies
 between those that were current when its module was entered and left.
@@ -25,12 +25,12 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memseg.planning.costs import Work
-from memseg.profiling.scratch import look_inside
-from memseg.profiling.shapes import run_by_shape
+from memseg.profiling.kernels.inside import look_inside
+from memseg.profiling.kernels.shapes import run_by_shape
+from memseg.profiling.kernels.transient import Transient
+from memseg.profiling.kernels.work import operation_work
+from memseg.profiling.kernels.workspace import kernel_workspace
 from memseg.profiling.timeline import Allocation, Category, Phase, Timeline
-from memseg.profiling.transient import Transient
-from memseg.profiling.work import operation_work
-from memseg.profiling.workspace import kernel_workspace
 
 _aten = torch.ops.aten
 _OF_ACCUMULATION = 2**64 - 1

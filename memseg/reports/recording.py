@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from memseg.profiling.allocator_settings import AllocatorSettings
+from memseg.profiling.allocator.replay import Event
+from memseg.profiling.allocator.settings import AllocatorSettings
+from memseg.profiling.allocator.snapshot import write_snapshot
 from memseg.profiling.card_memory import named_events
-from memseg.profiling.replay import Event
-from memseg.profiling.snapshot import write_snapshot
 from memseg.profiling.timeline import Allocation
 from memseg.reports.profile import MODEL_ITSELF, ProfileReport
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from memseg.profiling.allocator_settings import AllocatorSettings
-from memseg.profiling.recording import DeviceRecording, Recording
-from memseg.profiling.replay import Replay
-from memseg.profiling.replay import replay as replay_events
+from memseg.profiling.allocator.recording import DeviceRecording, Recording
+from memseg.profiling.allocator.replay import Replay
+from memseg.profiling.allocator.replay import replay as replay_events
+from memseg.profiling.allocator.settings import AllocatorSettings
 
 _WORTH_KNOWING = ("expandable_segments:True", "max_split_size_mb:128", "roundup_power2_divisions:4")
 _COLLECTING = "garbage_collection_threshold:0.8"

@@ -7,7 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from memseg.profiling.replay import Replay
+from memseg.profiling.allocator.replay import Replay
 from memseg.reports.replay import DeviceTrials, ReplayReport, Trial, settings_name, settings_text
 from memseg.units import GIB
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from memseg.cli.main import main
-from memseg.profiling.allocator_settings import AllocatorSettings
-from memseg.profiling.replay import FREE, Event
-from memseg.profiling.snapshot import write_snapshot
+from memseg.profiling.allocator.replay import FREE, Event
+from memseg.profiling.allocator.settings import AllocatorSettings
+from memseg.profiling.allocator.snapshot import write_snapshot
 
 MIB = 2**20
 STEP = [Event(0, 3 * MIB), Event(1, 12 * MIB), Event(1, FREE), Event(2, 18 * MIB)]

@@ -10,10 +10,10 @@ from torch import nn
 from memseg.errors import InputError
 from memseg.planning.cards import known_cards, parse_cards
 from memseg.profiling import Category, DataParallel, foreign_job, named_optimizer, trace_job
-from memseg.profiling.allocator_settings import AllocatorSettings
+from memseg.profiling.allocator.replay import FREE
+from memseg.profiling.allocator.settings import AllocatorSettings
 from memseg.profiling.card_memory import card_memory, named_events, training_events
 from memseg.profiling.device_memory import cublas_workspace_bytes, nccl_bytes
-from memseg.profiling.replay import FREE
 
 MIB = 2**20
 CUDA_CARDS = [card for card in known_cards() if card.kind == "cuda"]

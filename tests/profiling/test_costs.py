@@ -7,9 +7,9 @@ import pytest
 from memseg.levels import NormMode, Recompute
 from memseg.models import build_model
 from memseg.planning.memory import Stage
-from memseg.profiling.costs import model_costs
 from memseg.profiling import profile_step
-from memseg.profiling.job import LOSS
+from memseg.profiling.costs import model_costs
+from memseg.profiling.jobs.job import LOSS
 
 MINI = "ladder-densenet-mini"
 IMAGE, BATCH = (128, 256), 2

@@ -18,7 +18,7 @@ from memseg.profiling import (
     trace_job,
     watch_allocator,
 )
-from memseg.profiling.job import LOSS
+from memseg.profiling.jobs.job import LOSS
 from memseg.profiling.timeline import Category, Phase
 
 MINI = "ladder-densenet-mini"

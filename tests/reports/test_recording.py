@@ -12,9 +12,9 @@ from torch import nn
 
 from memseg.planning.cards import parse_cards
 from memseg.profiling import foreign_job, named_optimizer, trace_job
-from memseg.profiling.allocator_settings import AllocatorSettings
+from memseg.profiling.allocator.recording import read_snapshot, replay_recording
+from memseg.profiling.allocator.settings import AllocatorSettings
 from memseg.profiling.card_memory import card_memory
-from memseg.profiling.recording import read_snapshot, replay_recording
 from memseg.reports.profile import MODEL_ITSELF, ProfileReport
 from memseg.reports.recording import save_recording
 

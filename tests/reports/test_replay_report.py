@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from memseg.profiling.allocator_settings import AllocatorSettings
-from memseg.profiling.recording import DeviceRecording, Recording
-from memseg.profiling.replay import FREE, Event
+from memseg.profiling.allocator.recording import DeviceRecording, Recording
+from memseg.profiling.allocator.replay import FREE, Event
+from memseg.profiling.allocator.settings import AllocatorSettings
 from memseg.reports.replay import settings_text, try_settings, worth_knowing
 from memseg.reports.replay_curve import COLUMNS, columns, save_replay_curve
 from memseg.reports.replay_view import Unit, best_line, measured_line

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from memseg.errors import InputError, MemsegError, UnknownNameError
 from memseg.levels import Precision, Recompute
-from memseg.profiling.fake import fake_batch, fake_module, real_batch, real_module
-from memseg.profiling.job import Job, OptimizerFactory
+from memseg.profiling.jobs.fake import fake_batch, fake_module, real_batch, real_module
+from memseg.profiling.jobs.job import Job, OptimizerFactory
 
 Loss = Callable[..., Tensor]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from memseg.files import replace_file
-from memseg.profiling.allocator import CachingAllocator, Segment
-from memseg.profiling.allocator_settings import AllocatorSettings
-from memseg.profiling.replay import EMPTY_CACHE, Event, perform
+from memseg.profiling.allocator.caching import CachingAllocator, Segment
+from memseg.profiling.allocator.replay import EMPTY_CACHE, Event, perform
+from memseg.profiling.allocator.settings import AllocatorSettings
 
 _COMMON_POOL = (0, 0)
 _PROTOCOL = 4

@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
+from memseg.profiling.kernels.workspace import Transient, kernel_workspace
 from memseg.profiling.measure import watch_allocator
 from memseg.profiling.trace import StepTracer
-from memseg.profiling.workspace import Transient, kernel_workspace
 
 aten = torch.ops.aten
 SMALL_BYTES = 64

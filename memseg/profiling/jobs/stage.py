@@ -13,8 +13,8 @@ from torch import Tensor
 from memseg.levels import Recompute
 from memseg.models.objective import Objective
 from memseg.models.segmented import SegmentedModel
-from memseg.profiling.job import Job, OptimizerFactory, fused_adam
-from memseg.profiling.job_segmented import named_layers, random_batch
+from memseg.profiling.jobs.job import Job, OptimizerFactory, fused_adam
+from memseg.profiling.jobs.segmented import named_layers, random_batch
 
 
 def stage_job(

@@ -9,9 +9,9 @@ from itertools import groupby
 import pytest
 
 from memseg.errors import InputError
-from memseg.profiling.allocator import CachingAllocator, OutOfMemory
-from memseg.profiling.allocator_settings import AllocatorSettings
-from memseg.profiling.replay import EMPTY_CACHE, FREE, REQUEST_FREE, Event, replay
+from memseg.profiling.allocator.caching import CachingAllocator, OutOfMemory
+from memseg.profiling.allocator.replay import EMPTY_CACHE, FREE, REQUEST_FREE, Event, replay
+from memseg.profiling.allocator.settings import AllocatorSettings
 
 MIB = 2**20
 

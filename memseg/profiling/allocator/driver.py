@@ -13,7 +13,7 @@ c10/cuda/CUDACachingAllocator.cpp.
 
 from collections.abc import Callable
 
-from memseg.profiling.allocator_pool import Piece, Pool
+from memseg.profiling.allocator.pool import Piece, Pool
 
 _FIRST_ADDRESS = 0x7F00_0000_0000
 _ADDRESS_STEP = 2 * 2**20

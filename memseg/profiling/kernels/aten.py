@@ -4,7 +4,7 @@ A kernel that is written for maps in one layout first copies what lies otherwise
 the narrower operand as a whole. Means of bfloat16 are taken of a float32 copy. Per-channel sums go through a buffer
 with a row for each thread.
 
-Each rule was read off the allocator's own events (torch 2.14.1, `tests/profiling/test_workspace_kernels.py` repeats
+Each rule was read off the allocator's own events (torch 2.14.1, `tests/profiling/kernels/test_workspace_kernels.py` repeats
 it) and names the source that explains it, below pytorch's aten/src/ATen/native/.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from memseg.nn.autograd import HALF_DTYPES
-from memseg.profiling.transient import Ledger, Transient
+from memseg.profiling.kernels.transient import Ledger, Transient
 
 _aten = torch.ops.aten
 _Rule = Callable[..., list[Transient]]

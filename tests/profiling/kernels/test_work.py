@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from memseg.nn import operators  # noqa: F401
 from memseg.planning import Work
 from memseg.planning.roofline import ProductKind
-from memseg.profiling.work import operation_work
+from memseg.profiling.kernels.work import operation_work
 
 FLOAT = 4
 

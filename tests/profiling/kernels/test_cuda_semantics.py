@@ -9,7 +9,7 @@ from torch import nn
 
 from memseg.levels import Precision
 from memseg.profiling import Category, Phase, foreign_job, named_optimizer, trace_job
-from memseg.profiling.cuda_semantics import cuda_semantics, foreach_by_default
+from memseg.profiling.kernels.cuda_semantics import cuda_semantics, foreach_by_default
 
 IMAGES = torch.ones(64, 16)
 TOKENS = torch.ones(4, 128, 16)

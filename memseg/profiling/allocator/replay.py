@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from memseg.profiling.allocator import CachingAllocator, OutOfMemory
-from memseg.profiling.allocator_settings import AllocatorSettings
+from memseg.profiling.allocator.caching import CachingAllocator, OutOfMemory
+from memseg.profiling.allocator.settings import AllocatorSettings
 
 FREE = -1
 """As a size: the key is freed."""

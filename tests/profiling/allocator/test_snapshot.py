@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from memseg.errors import InputError
-from memseg.profiling.allocator_settings import AllocatorSettings
-from memseg.profiling.recording import read_snapshot, replay_recording
-from memseg.profiling.replay import EMPTY_CACHE, FREE, REQUEST_FREE, Event, replay
-from memseg.profiling.snapshot import write_snapshot
+from memseg.profiling.allocator.recording import read_snapshot, replay_recording
+from memseg.profiling.allocator.replay import EMPTY_CACHE, FREE, REQUEST_FREE, Event, replay
+from memseg.profiling.allocator.settings import AllocatorSettings
+from memseg.profiling.allocator.snapshot import write_snapshot
 
 MIB = 2**20
 VIEWER = Path(torch.__file__).parent / "cuda" / "_memory_viz.py"

@@ -26,9 +26,9 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from memseg.profiling.allocator_driver import Driver, Listener
-from memseg.profiling.allocator_pool import Piece, Pool, State
-from memseg.profiling.allocator_settings import MIN_BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES, AllocatorSettings
+from memseg.profiling.allocator.driver import Driver, Listener
+from memseg.profiling.allocator.pool import Piece, Pool, State
+from memseg.profiling.allocator.settings import MIN_BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES, AllocatorSettings
 
 _UNLIMITED = 2**64 - 1
 

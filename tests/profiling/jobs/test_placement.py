@@ -9,7 +9,7 @@ from torch import nn
 
 from memseg.errors import InputError, UnknownNameError
 from memseg.profiling import Category, Phase, foreign_job, named_optimizer, trace_job
-from memseg.profiling.placement import card_of, check_placement
+from memseg.profiling.jobs.placement import card_of, check_placement
 
 IMAGES, HIDDEN, OUT = 64 * 16 * 4, 64 * 32 * 4, 64 * 8 * 4
 """Bytes of the maps."""

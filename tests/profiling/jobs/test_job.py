@@ -8,7 +8,7 @@ from torch import nn
 
 from memseg.errors import InputError, UnknownNameError
 from memseg.profiling import Category, Phase, foreign_job, measure_job, named_optimizer, trace_job
-from memseg.profiling.job import LOSS, Job, fused_adam, optimizer_names, run_batch, run_step
+from memseg.profiling.jobs.job import LOSS, Job, fused_adam, optimizer_names, run_batch, run_step
 
 SIZES = (64, 256, 32)
 PARAMETERS = 4 * (64 * 256 + 256 + 256 * 32 + 32)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memseg.levels import Precision, Recompute
 from memseg.models.objective import Objective
 from memseg.models.segmented import SegmentedModel, SegmentGraph
-from memseg.profiling.job import Job, OptimizerFactory, fused_adam
+from memseg.profiling.jobs.job import Job, OptimizerFactory, fused_adam
 from memseg.profiling.measure import measure_job
 from memseg.profiling.step import StepProfile, trace_job
 

@@ -6,10 +6,10 @@ operation returns something else than the real one. One file for each family of 
 
 from typing import Any
 
-from memseg.profiling.transient import Transient
-from memseg.profiling.workspace_convolution import cpu_convolution_workspace
-from memseg.profiling.workspace_cuda import cuda_workspace
-from memseg.profiling.workspace_kernels import torch_kernel_workspace
+from memseg.profiling.kernels.aten import torch_kernel_workspace
+from memseg.profiling.kernels.convolution import cpu_convolution_workspace
+from memseg.profiling.kernels.cuda import cuda_workspace
+from memseg.profiling.kernels.transient import Transient
 
 __all__ = ["Transient", "kernel_workspace"]
 

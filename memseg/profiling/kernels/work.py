@@ -30,7 +30,7 @@ _KINDS = {torch.bfloat16: ProductKind.BFLOAT16, torch.float16: ProductKind.FLOAT
 def operation_work(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Work:
     """The work of one operation; none for views and for tensors that are only allocated.
 
-    For operators of ours `memseg.profiling.scratch` looks inside.
+    For operators of ours `memseg.profiling.kernels.inside` looks inside.
 
     Args:
         func: The operator (an overload of torch.ops), with its `args` and `kwargs`.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memseg.profiling.transient import Transient
+from memseg.profiling.kernels.transient import Transient
 
 _aten = torch.ops.aten
 

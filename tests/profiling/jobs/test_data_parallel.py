@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memseg.errors import InputError
 from memseg.profiling import Category, DataParallel, foreign_job, named_optimizer, trace_job, watch_allocator
-from memseg.profiling.data_parallel import make_buckets
+from memseg.profiling.jobs.data_parallel import make_buckets
 
 MIB = 2**20
 SIZES = [

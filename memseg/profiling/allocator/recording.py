@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from memseg.errors import InputError
-from memseg.profiling.allocator_settings import AllocatorSettings
-from memseg.profiling.replay import EMPTY_CACHE, FREE, REQUEST_FREE, Event, Replay, replay
+from memseg.profiling.allocator.replay import EMPTY_CACHE, FREE, REQUEST_FREE, Event, Replay, replay
+from memseg.profiling.allocator.settings import AllocatorSettings
 
 _T = TypeVar("_T", int, str, dict[str, Any], list[Any])
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memseg.errors import InputError
-from memseg.profiling.fake import fake_batch, fake_module, fake_tensor, real_batch, real_module
+from memseg.profiling.jobs.fake import fake_batch, fake_module, fake_tensor, real_batch, real_module
 
 
 def fake_twin(module):

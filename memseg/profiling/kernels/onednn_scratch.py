@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from memseg.profiling.convolution_shape import Shape
+from memseg.profiling.kernels.convolution_shape import Shape
 
 ALIGNMENT = 128
 """Bytes that a booking takes beside its size."""

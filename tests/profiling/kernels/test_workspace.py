@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from memseg.profiling.workspace import Transient, kernel_workspace
+from memseg.profiling.kernels.workspace import Transient, kernel_workspace
 
 UNFOLDED = "pyramid 3x3, wider than the map"
 """Its forward multiplies unfolded blocks of the map, whose size oneDNN picks by its own measure of caches."""
@@ -20,7 +20,7 @@ def rows(request):
     """The benchmark's own, in a process with so many threads."""
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.convolution_workspace", "--json"],
-        cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).resolve().parents[3], capture_output=True, text=True, check=True,
         env={**os.environ, "OMP_NUM_THREADS": str(request.param)},
     )  # fmt: skip
     return json.loads(run.stdout)["rows"]

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 
-from memseg.profiling import onednn_scratch as scratch
-from memseg.profiling.convolution_shape import Shape, round_up, simd_width
+from memseg.profiling.kernels import onednn_scratch as scratch
+from memseg.profiling.kernels.convolution_shape import Shape, round_up, simd_width
 
 _PASS, _LONG_PASS, _HALF_PASS = 28, 8, 14
 """Pixels of a row that registers hold: of float32, with the code for both ends of a long row, of bfloat16."""

@@ -1,7 +1,7 @@
 """What a convolution allocates on the CPU while it runs, beside its outputs.
 
 torch has three ways. oneDNN takes float32, bfloat16 and float16: operands are copied into the layouts that its kernel
-wants (`memseg.profiling.onednn`), the output is made in one and, for contiguous maps, copied back. torch's own
+wants (`memseg.profiling.kernels.onednn`), the output is made in one and, for contiguous maps, copied back. torch's own
 convolution takes the rest, float64 above all: it unfolds the whole batch and multiplies; a dilated or transposed one
 unfolds an image at a time. Groups are convolved one by one and concatenated.
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from memseg.profiling import onednn
-from memseg.profiling.convolution_shape import Shape, round_up
-from memseg.profiling.onednn import Kernel, Layout
-from memseg.profiling.onednn_scratch import ALIGNMENT
-from memseg.profiling.transient import Ledger, Transient
+from memseg.profiling.kernels import onednn
+from memseg.profiling.kernels.convolution_shape import Shape, round_up
+from memseg.profiling.kernels.onednn import Kernel, Layout
+from memseg.profiling.kernels.onednn_scratch import ALIGNMENT
+from memseg.profiling.kernels.transient import Ledger, Transient
 
 _aten = torch.ops.aten
 _Backend = torch._C._ConvBackend  # type: ignore[attr-defined]
