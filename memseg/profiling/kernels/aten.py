@@ -4,8 +4,8 @@ A kernel that is written for maps in one layout first copies what lies otherwise
 the narrower operand as a whole. Means of bfloat16 are taken of a float32 copy. Per-channel sums go through a buffer
 with a row for each thread.
 
-Each rule was read off the allocator's own events (torch 2.14.1, `tests/profiling/kernels/test_workspace_kernels.py` repeats
-it) and names the source that explains it, below pytorch's aten/src/ATen/native/.
+Each rule was read off the allocator's own events (torch 2.14.1; tests/profiling/kernels/test_workspace_kernels.py
+repeats it) and names the source that explains it, below pytorch's aten/src/ATen/native/.
 """
 
 from collections.abc import Callable
