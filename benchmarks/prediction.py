@@ -27,8 +27,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -41,8 +40,7 @@ import torch
 from benchmarks import prediction_cases
 from benchmarks.prediction_cases import CASES, Case
 from benchmarks.published import predicted_peaks, read_runs
-from benchmarks.result import machine, tell, versions
-from memseg.cli.console import progress_bar
+from benchmarks.result import machine, progress, tell, versions
 from memseg.errors import InputError, MemsegError
 from memseg.files import replace_file
 from memseg.profiling import measure_job, trace_job
@@ -257,7 +255,7 @@ def _read_results(path: Path) -> list[Mapping[str, Any]]:
 def run_all(names: Sequence[str], results: Results, *, threads: int, timeout_s: float) -> list[Row]:
     """All rows, one after the other; those that the results have are taken from there."""
     rows: list[Row] = []
-    with _progress(len(names)) as begin:
+    with progress(len(names)) as begin:
         for name in names:
             begin(name)
             row = results.row(name)
@@ -266,26 +264,6 @@ def run_all(names: Sequence[str], results: Results, *, threads: int, timeout_s: 
                 results.add(row)
             rows.append(row)
     return rows
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Which case runs, on standard error; nothing where nobody looks."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=total)
-        begun = 0
-
-        def begin(what: str) -> None:
-            nonlocal begun
-            bar.update(task, description=what, completed=begun)
-            begun += 1
-
-        yield begin
-        bar.update(task, completed=total)
 
 
 # What is asked and what is told.
@@ -299,10 +277,10 @@ def published_rows(path: Path) -> list[Row]:
     """
     runs = read_runs(path)
     rows = []
-    with progress_bar("tracing") as progress:
+    with progress(len(runs)) as begin:
         for run, predicted, (phase, layer) in predicted_peaks(runs):
+            begin(run.name)
             rows.append(Row(run.name, predicted, run.peak_bytes, "steady", phase, layer))
-            progress(len(rows), len(runs))
     return rows
 
 

@@ -32,8 +32,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import training_alternatives
-from benchmarks.result import machine, tell, versions
+from benchmarks.result import machine, progress, tell, versions
 from benchmarks.training_alternatives import DEFAULT, EXTRACTORS, VARIANTS, Task, Variant, Work, check_task
 from memseg.errors import MemsegError, UnknownNameError
 from memseg.models import model_names
@@ -291,7 +291,7 @@ def measure_all(arguments: argparse.Namespace, names: Sequence[str], options: Op
     """All rows, one after the other, as often as there are rounds."""
     rounds: list[dict[str, Figures]] = []
     found: dict[str, Difference | None] = {}
-    with TemporaryDirectory() as scratch, _progress(len(names) * arguments.rounds) as begin:
+    with TemporaryDirectory() as scratch, progress(len(names) * arguments.rounds) as begin:
         for index in range(arguments.rounds):
             rounds.append({})
             for name in names:
@@ -308,25 +308,6 @@ def measure_all(arguments: argparse.Namespace, names: Sequence[str], options: Op
                 if index > 0 or not name.startswith("plain"):
                     (folder / _RESULTS).unlink(missing_ok=True)
     return rows_of(rounds, found, options.limit_bytes)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Which row runs, on standard error; nothing where nobody looks."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=total)
-        started = 0
-
-        def begin(what: str) -> None:
-            nonlocal started
-            bar.update(task, description=what, completed=started)
-            started += 1
-
-        yield begin
 
 
 # What is asked and what is told.
