@@ -80,9 +80,22 @@ def _update_stats(
     return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
 
 
+def _loss(x: Tensor, target: Tensor, reduction: int = 1, *_: Any) -> Tensor:
+    """Its sum or mean is a number in a storage as large as the input: it is made whole, and then resized."""
+    whole = torch.empty_like(x)
+    return whole.as_strided((), ()) if reduction else whole
+
+
+def _binary_cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1) -> Tensor:
+    return _loss(x, target, reduction)
+
+
 _OUTPUTS: dict[Any, Callable[..., Any]] = {
     _aten.native_batch_norm: _norm,
     _aten.native_batch_norm_backward: _norm_backward,
     _aten.batch_norm_update_stats: _update_stats,
     _aten.native_layer_norm: _layer_norm,
+    _aten.mse_loss: _loss,
+    _aten.smooth_l1_loss: _loss,
+    _aten.binary_cross_entropy: _binary_cross_entropy,
 }
