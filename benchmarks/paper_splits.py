@@ -35,8 +35,9 @@ def split_rows(model: str, names: str) -> list[dict[str, str | int | float]]:
     profile = trace_job(make, device="cuda", placement=placement, num_cards=len(cards))
     rows: list[dict[str, str | int | float]] = []
     for index, card in enumerate(cards):
-        memory = card_memory(profile.on_card(index), card)
-        expandable = card_memory(profile.on_card(index), card, settings=AllocatorSettings(expandable_segments=True))
+        part = profile.on_card(index)
+        memory = card_memory(part, card)
+        expandable = card_memory(part, card, settings=AllocatorSettings(expandable_segments=True))
         rows.append(
             {
                 "model": model,

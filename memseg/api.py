@@ -9,7 +9,7 @@ from torch import nn
 from memseg.errors import InputError, UnknownNameError
 from memseg.levels import Precision
 from memseg.planning.cards import Card, parse_cards
-from memseg.profiling import DataParallel, foreign_job, named_optimizer, trace_job
+from memseg.profiling import DataParallel, StepProfile, foreign_job, named_optimizer, trace_job
 from memseg.profiling.allocator.settings import AllocatorSettings
 from memseg.profiling.card_memory import card_memory
 from memseg.profiling.jobs.foreign import Loss
@@ -23,7 +23,7 @@ def profile(
     inputs: Any = None,
     target: Any = None,
     *,
-    loss: str | Loss = "mean",
+    loss: str | Loss | None = None,
     optimizer: str | OptimizerFactory | None = "adam",
     precision: str | Precision = Precision.FLOAT32,
     card: str | Card = "cpu",
@@ -39,13 +39,14 @@ def profile(
 
     Args:
         model: Any module that fake tensors can run: real, on the meta device or fake; or a function that makes it, or
-            a tuple of it, its inputs and, where wanted, its loss. It is copied in training mode, and not changed.
+            a tuple of it, its inputs and, where wanted, its loss. It is copied in training mode, and not changed; a
+            function may be called twice, first for a model on the meta device.
         inputs: What the model is called with: a tensor, a tuple of arguments, or a dict of keyword arguments. Tensors
             may be real, meta or fake; their values do not matter.
         target: What the loss is called with beside the model's output: a tensor, or a tuple of them.
-        loss: Called as loss(output) or loss(output, *target), returns a scalar; or "mean" (of every output), or
-            "cross-entropy" (of every output (N, K, ...) against a target (N, ...) of int64, made up where none is
-            given).
+        loss: Called as loss(output) or loss(output, *target), returns a scalar; or "mean" (of every output, also where
+            none is given), or "cross-entropy" (of every output (N, K, ...) against a target (N, ...) of int64, made up
+            where none is given).
         optimizer: Called with the trained parameters; or a name such as "sgd", "momentum", "adam", "adamw-fused"; None
             for a step without one.
         precision: float32 trains in the model's own types, float64 in float64; bfloat16 and float16 are autocast.
@@ -70,7 +71,7 @@ def profile(
     >>> import torch, torchvision
     >>> found = profile(torchvision.models.resnet18, torch.empty(8, 3, 224, 224, device="meta"), optimizer="momentum")
     >>> found.profile.model, found.peak_moment, round(found.memory.peak_allocated_bytes / 2**20)
-    ('resnet18', 'backward of layer1.0.bn1', 462)
+    ('resnet18', 'backward of layer4.0.conv2', 295)
     """
     where = _one_card(card)
     precision = _precision(precision)
@@ -97,7 +98,12 @@ def profile(
         settings=AllocatorSettings.parse(allocator) if allocator else None,
         replicas=data_parallel.replicas if data_parallel else 1,
     )
-    settings = {"inputs": list(found.inputs), **_named("optimizer", optimizer), **_named("loss", loss)}
+    settings = {
+        **_settings(found, optimizer),
+        **({"accumulate": accumulation} if accumulation > 1 else {}),
+        **({"replicas": data_parallel.replicas} if data_parallel else {}),
+        **({"allocator": allocator} if allocator else {}),
+    }
     return ProfileReport(found, where, memory, settings, judge_fit=where.name != "cpu")
 
 
@@ -108,7 +114,7 @@ def profile_placed(
     *,
     placement: Placement,
     cards: str,
-    loss: str | Loss = "mean",
+    loss: str | Loss | None = None,
     optimizer: str | OptimizerFactory | None = "adam",
     precision: str | Precision = Precision.FLOAT32,
 ) -> list[ProfileReport]:
@@ -139,10 +145,16 @@ def profile_placed(
         precision=_precision(precision),
     )
     found = trace_job(make, device=kinds.pop(), placement=placement, num_cards=len(where))
-    settings = {"inputs": list(found.inputs), **_named("optimizer", optimizer), **_named("loss", loss)}
+    settings = _settings(found, optimizer)
     parts = [found.on_card(index) for index in range(len(where))]
     return [
-        ProfileReport(part, card, card_memory(part, card), {**settings, "card_index": index}, judge_fit=True)
+        ProfileReport(
+            part,
+            card,
+            card_memory(part, card),
+            {**settings, "card_number": f"{index + 1} of {len(where)}"},
+            judge_fit=True,
+        )
         for index, (part, card) in enumerate(zip(parts, where, strict=True))
     ]
 
@@ -162,7 +174,7 @@ def _precision(precision: str | Precision) -> Precision:
     return Precision(precision)
 
 
-def _named(key: str, value: Any) -> dict[str, str]:
-    """A setting in words, where it has a name."""
-    name = value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
-    return {key: "none" if value is None else name}
+def _settings(found: StepProfile, optimizer: Any) -> dict[str, Any]:
+    """What every report tells of the step."""
+    name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", type(optimizer).__name__)
+    return {"inputs": list(found.inputs), "optimizer": "none" if optimizer is None else name, "loss": found.loss}

@@ -11,12 +11,25 @@ from typing import TYPE_CHECKING, Any
 from memseg.cli.console import add_command, print_json, wide_console
 from memseg.cli.profile_job import Request, add_job_options, parse_job
 from memseg.errors import InputError, MemsegError
+from memseg.files import replace_file
 from memseg.units import format_bytes
 
 if TYPE_CHECKING:
     from memseg.planning import Card
     from memseg.profiling.allocator.settings import AllocatorSettings
     from memseg.reports.profile import ProfileReport, ProfileRow
+
+
+_NOT_WITH_PLAN = {
+    "image": "1024x2048",
+    "batch": 2,
+    "precision": "float32",
+    "accumulate": 1,
+    "replicas": 1,
+    **dict.fromkeys(("optimizer", "norm", "recompute", "classes", "loss", "channels", "card", "allocator", "snapshot")),
+    **dict.fromkeys(("measure", "real", "bucket_view"), False),
+}
+"""Options that a plan answers, or that ask for something else, with their defaults."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -112,12 +125,12 @@ def run(args: argparse.Namespace) -> int:
     _check_card(args, card)
     request = parse_job(args)
     report = _profile(args, request, card)
+    if args.measure:
+        report = _measure(report, request)
     _write_files(args, report, "")
     if args.csv == "-":
         sys.stdout.write(_csv(args, report))
         return 0
-    if args.measure:
-        report = _measure(report, request)
     if args.json:
         print_json(_object(args, report))
         return 0
@@ -162,7 +175,12 @@ def _profile(args: argparse.Namespace, request: Request, card: "Card") -> "Profi
         partial(request.make, real=args.real), device=card.kind, data_parallel=data_parallel, real=args.real
     )
     memory = card_memory(profile, card, settings=_allocator(args), replicas=args.replicas)
-    settings = {"inputs": list(profile.inputs), **request.settings} if request.tells_inputs else request.settings
+    settings = dict(request.settings)
+    if request.is_foreign:
+        settings = {"inputs": list(profile.inputs), "loss": args.loss or profile.loss, **settings}
+    for option in ("allocator", "replicas", "bucket_view"):
+        if getattr(args, option) not in (None, 1, False):
+            settings[option] = getattr(args, option)
     return ProfileReport(profile, card, memory, settings, judge_fit=args.card is not None)
 
 
@@ -179,7 +197,7 @@ def _write_files(args: argparse.Namespace, report: "ProfileReport", suffix: str)
         return path.with_stem(path.stem + suffix)
 
     if args.csv and args.csv != "-":
-        named(Path(args.csv)).write_text(_csv(args, report), encoding="utf-8")
+        replace_file(named(Path(args.csv)), _csv(args, report))
     if args.png:
         from memseg.reports.memory_curve import save_memory_curve
 
@@ -213,10 +231,15 @@ def _check(args: argparse.Namespace) -> None:
             f"what to profile must be a MODEL or a --plan, got {'both' if args.model else 'neither'}; "
             "try memseg profile ladder-densenet121"
         )
-    others = [name for name in ("card", "measure", "real", "allocator", "snapshot") if getattr(args, name)]
+    others = [name for name, default in _NOT_WITH_PLAN.items() if getattr(args, name) != default]
     if args.plan and (others or args.csv == "-"):
-        option = f"--{others[0]}" if others else "--csv -"
+        option = f"--{others[0].replace('_', '-')}" if others else "--csv -"
         raise InputError(f"{option} does not go with --plan, which says what runs on which cards; leave it out")
+    for name in ("csv", "png", "html", "snapshot"):
+        if getattr(args, name) is not None and not Path(getattr(args, name)).name:
+            raise InputError(f"--{name} must name a file, got {str(getattr(args, name))!r}; try layers.{name}")
+    if args.measure and args.replicas > 1:
+        raise InputError("--measure runs one process, so --replicas must be 1; leave one of them out")
     if args.csv == "-" and (args.json or args.measure):
         raise InputError(
             "--csv - leaves standard output to the table of layers, so neither --json nor --measure go with it; "

@@ -35,8 +35,8 @@ class Request:
     """Makes it; with `real`, of real tensors."""
     settings: dict[str, Any]
     """What was asked for, as the JSON tells it."""
-    tells_inputs: bool = False
-    """Whether the batch is told tensor by tensor, since it may be the model's own."""
+    is_foreign: bool = False
+    """Whether batch and loss may be the model's own, and so are told as they were found."""
 
 
 def add_job_options(parser: argparse.ArgumentParser) -> None:
@@ -143,11 +143,13 @@ def _foreign(args: argparse.Namespace, image: tuple[int, int]) -> Request:
     from memseg.profiling import foreign_job, named_optimizer
 
     factory = load_address(args.model)
-    loss_name = args.loss or "mean"
-    loss = load_address(loss_name) if ":" in loss_name else loss_name
+    loss = load_address(args.loss) if args.loss and ":" in args.loss else args.loss
     optimizer = args.optimizer or "adam"
     make_optimizer = None if optimizer == "none" else named_optimizer(optimizer)
-    images = torch.empty(args.batch, args.channels or 3, *image, device="meta")
+    try:
+        images = torch.empty(args.batch, args.channels or 3, *image, device="meta")
+    except RuntimeError as error:
+        raise InputError(f"--image {args.image} --batch {args.batch} is larger than any tensor: {error}") from None
 
     def make(*, real: bool = False) -> "Job":
         return foreign_job(
@@ -161,7 +163,7 @@ def _foreign(args: argparse.Namespace, image: tuple[int, int]) -> Request:
             name=args.model,
         )
 
-    return Request(make, {"loss": loss_name, **_common_settings(args, optimizer)}, tells_inputs=True)
+    return Request(make, _common_settings(args, optimizer), is_foreign=True)
 
 
 def _common_settings(args: argparse.Namespace, optimizer: str) -> dict[str, Any]:
@@ -176,12 +178,15 @@ def load_address(address: str) -> Callable[..., Any]:
         InputError: there is no such module or function, or importing the module fails.
     """
     where, _, name = address.rpartition(":")
+    if not where or not name:
+        raise InputError(f"an address must be MODULE:FUNCTION or file.py:FUNCTION, got {address!r}; try nets.py:build")
     try:
         module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
     except MemsegError:
         raise
-    except Exception as error:
-        raise InputError(f"{address}: importing {where} fails with {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        message = " ".join(str(error).split())
+        raise InputError(f"{address}: importing {where} fails with {type(error).__name__}: {message}") from error
     found: Any = module
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -205,7 +210,9 @@ def _import_file(path: Path) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    # Modules beside it are found, as when it is run; of its own name nothing is hidden.
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)
     return module
 

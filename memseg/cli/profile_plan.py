@@ -49,7 +49,7 @@ def profile_plan(path: Path) -> list[ProfileReport]:
             "batch": plan.batch,
             "norm": str(plan.norm),
             "recompute": here if len(Counter(here.values())) > 1 else next(iter(here.values())),
-            "card_index": index,
+            "card_number": f"{index + 1} of {len(plan.cards)}",
         }
         reports.append(ProfileReport(found, card, card_memory(found, card), settings, judge_fit=True))
     return reports

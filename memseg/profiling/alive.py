@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from memseg.levels import Recompute
 from memseg.profiling.timeline import Allocation, Category, Phase, Timeline, nearest_layer
 
-_PRODUCTS = ("convolution", "addmm", "aten.mm", "bmm", "memseg.project", "memseg.convolve")
+_KEPT_BY_NORMS = ("convolution", "addmm", "aten.mm", "bmm", "memseg.project", "memseg.convolve")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def removing_level(one: Allocation, levels: Mapping[str, tuple[Recompute, ...]])
     units = [name for name in one.output_of if name.count(".") == depth and one.layer.startswith(f"{name}.")]
     if units and Recompute.UNITS in offered:
         least = Recompute.SEGMENT
-    elif any(part in one.operation for part in _PRODUCTS):
+    elif any(part in one.operation for part in _KEPT_BY_NORMS):
         least = Recompute.UNITS
     else:
         least = Recompute.NORMS

@@ -8,6 +8,9 @@ A timeline says what is allocated when. The allocator is replayed over a first s
 cached in one step decides what it must reserve in the next. cuBLAS takes its workspace from the same allocator at its
 first product, once for the thread of forward and once for that of backward, and keeps it.
 
+The allocator has what the card has beside context, kernels and NCCL. At that limit it gives back what it has cached, so
+what it reserves is less than it would be on a larger card; where that does not help either, it is out of memory.
+
 On the CPU there is no such allocator: what tensors take is all that is counted.
 """
 
@@ -16,14 +19,17 @@ from dataclasses import dataclass
 
 from memseg.errors import InputError
 from memseg.planning.cards import Card
+from memseg.profiling.allocator.caching import OutOfMemory
 from memseg.profiling.allocator.replay import FREE, Event, Replay, replay
 from memseg.profiling.allocator.settings import AllocatorSettings
-from memseg.profiling.device_memory import Term, device_terms
+from memseg.profiling.device_memory import Link, Term, device_terms
 from memseg.profiling.step import StepProfile
 from memseg.profiling.timeline import Allocation, Category, Phase
 
 _STEADY_STEPS = 2
-_PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "memseg.project")
+_PCIE_BYTES_PER_S = 64e9
+"""PCI Express 5.0 x16, one direction: what is faster is NVLink."""
+_MATRIX_PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "memseg.project")
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class CardMemory:
     """What a process holds beside its tensors; some of it inside the allocator."""
     replay: Replay | None = None
     """None on the CPU."""
+    out_of_memory: OutOfMemory | None = None
+    """Why the card is too small; the peaks are then those of a card without a limit."""
 
     @property
     def unallocated_bytes(self) -> int:
@@ -64,19 +72,28 @@ def card_memory(
         raise InputError(f"{card.name} is a {card.kind} card, and the profile is of a step on {profile.device}")
     if card.compute_capability is None:
         return CardMemory(profile.peak_allocated_bytes)
-    terms = device_terms(card.compute_capability, world_size=replicas)
+    terms = device_terms(card.compute_capability, world_size=replicas, link=_link(card))
     if not _has_products(profile):
         terms = tuple(term for term in terms if not term.in_allocator)
     inside = [term.size_bytes for term in terms if term.in_allocator]
-    found = replay(training_events(profile, inside), settings)
     outside = sum(term.size_bytes for term in terms if not term.in_allocator)
+    events = list(training_events(profile, inside))
+    limited = replay(events, settings, max(0, card.capacity_bytes - outside))
+    found = replay(events, settings) if limited.out_of_memory else limited
     reserved = found.peak_reserved_bytes
-    return CardMemory(found.peak_allocated_bytes, reserved, reserved + outside, terms, found)
+    return CardMemory(found.peak_allocated_bytes, reserved, reserved + outside, terms, found, limited.out_of_memory)
+
+
+def _link(card: Card) -> Link:
+    """How NCCL would get from such a card to another."""
+    if "GeForce" in card.title or "Titan" in card.title:
+        return Link.HOST
+    return Link.NVLINK if card.link > _PCIE_BYTES_PER_S else Link.PCIE
 
 
 def _has_products(profile: StepProfile) -> bool:
     """Whether the step has matrix products, for which cuBLAS takes its workspaces."""
-    return any(one.operation.startswith(_PRODUCTS) for one in profile.timeline.allocations)
+    return any(one.operation.startswith(_MATRIX_PRODUCTS) for one in profile.timeline.allocations)
 
 
 def training_events(profile: StepProfile, workspaces: Iterable[int] = ()) -> Iterator[Event]:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -24,7 +24,7 @@ from memseg.levels import Precision, Recompute
 from memseg.planning.costs import Work
 from memseg.profiling.jobs.data_parallel import DataParallel, make_buckets
 from memseg.profiling.jobs.job import LOSS, Job, run_batch
-from memseg.profiling.jobs.placement import Placement, check_placement, placed
+from memseg.profiling.jobs.placement import Placement, card_of, check_placement, placed
 from memseg.profiling.kernels.cuda_semantics import cuda_semantics, foreach_by_default
 from memseg.profiling.timeline import Category, LayerRow, Phase, Timeline, nearest_layer
 from memseg.profiling.trace import StepTracer
@@ -59,6 +59,8 @@ class StepProfile:
     model: str
     inputs: tuple[str, ...]
     """Each tensor of the batch in words, as "float32 2x3x1024x2048"."""
+    loss: str
+    """Its name; "" where it goes without saying."""
     timeline: Timeline
     """Of the second and every later step."""
     first_timeline: Timeline
@@ -73,6 +75,8 @@ class StepProfile:
     """"cpu" or "cuda": whose kernels were counted."""
     precision: Precision = Precision.FLOAT32
     accumulation: int = 1
+    placement: Placement = field(default_factory=dict)
+    """Cards of layers, by index; empty with one card."""
     uncounted: tuple[str, ...] = ()
     """What takes memory that is not in the timelines, in words, with the first layer that runs it."""
 
@@ -82,8 +86,14 @@ class StepProfile:
         return max(self.timeline.peak_allocated_bytes, self.first_timeline.peak_allocated_bytes)
 
     def on_card(self, index: int) -> "StepProfile":
-        """What of it is on one of several cards. Work stays that of the whole step."""
-        return replace(self, timeline=self.timeline.on_card(index), first_timeline=self.first_timeline.on_card(index))
+        """What of it is on one of several cards: tensors by where they lie, work by the layers' placement."""
+        return replace(
+            self,
+            timeline=self.timeline.on_card(index),
+            first_timeline=self.first_timeline.on_card(index),
+            work={key: work for key, work in self.work.items() if card_of(self.placement, key[1]) == index},
+            names=tuple(name for name in self.names if card_of(self.placement, name) == index),
+        )
 
     def layers(self, depth: int | None = 1) -> list[LayerProfile]:
         """The per-layer table.
@@ -147,7 +157,8 @@ def trace_job(
             if device == "cuda":
                 around.enter_context(cuda_semantics(job.precision))
             around.enter_context(_telling_where(job, tracer))
-            return _trace(job, tracer, device, data_parallel)
+            profile = _trace(job, tracer, device, data_parallel)
+            return replace(profile, placement=placement or {})
 
 
 def _trace(job: Job, tracer: StepTracer, device: str, data_parallel: DataParallel | None) -> StepProfile:
@@ -180,12 +191,15 @@ def _trace(job: Job, tracer: StepTracer, device: str, data_parallel: DataParalle
         if job.optimizer is not None:
             job.optimizer.step()
             work.append(tracer.take_work())
+    if device == "cuda" and any(isinstance(module, nn.RNNBase) for module in job.model.modules()):
+        tracer.uncounted["what cuDNN keeps of a recurrent layer for backward; the CPU's way is shown instead"] = ""
     seen = tracer.timeline()
     del loss
     repeated = work[:1] + work[1:2] * (job.accumulation - 1) + work[-1:] if job.accumulation > 1 else work
     return StepProfile(
         model=job.name,
         inputs=tuple(_describe(tensor) for tensor in job.inputs),
+        loss=job.loss_name,
         timeline=_steady(seen, first_update, second_update),
         first_timeline=_first(seen, second_update),
         work=_add(repeated),

@@ -38,7 +38,6 @@ _OF_ACCUMULATION = 2**64 - 1
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _UNCOUNTED = {
     torch.ops.aten.mkldnn_rnn_layer: "what an LSTM keeps for backward inside itself",
-    torch.ops.aten._cudnn_rnn: "what a recurrent network keeps for backward inside itself",
 }
 _DEVICE_OF = torch.ops.prim.device.default
 

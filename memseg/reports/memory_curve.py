@@ -5,6 +5,7 @@ convolution runs. Drawn as they are, most instants would share a pixel and the p
 into about as many columns as the picture has pixels, and each column shows its fullest instant.
 """
 
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from memseg.files import replace_file
 from memseg.planning.cards import Card
 from memseg.profiling.timeline import Phase, Timeline
 from memseg.reports.colours import CATEGORY_COLOURS
@@ -60,7 +62,9 @@ def save_memory_curve(report: ProfileReport, path: Path) -> None:
     axes.set_title(f"{report.headline()}: peak {format_bytes(size)}", loc="left", fontsize=13)
     handles, names = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], names[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(path, format="png")
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    replace_file(path, picture.getvalue())
 
 
 def _draw_peak(axes: Axes, at: tuple[float, float], label: str) -> None:

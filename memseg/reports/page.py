@@ -29,7 +29,7 @@ from memseg.profiling.timeline import Allocation, Category, Phase, Timeline
 from memseg.reports.colours import CATEGORY_COLOURS
 from memseg.reports.phases import phase_spans
 from memseg.reports.profile import MODEL_ITSELF, ProfileReport, ProfileRow
-from memseg.reports.profile_view import fit_line, measured_line
+from memseg.reports.profile_view import measured_line, verdict_line
 from memseg.units import format_bytes, format_seconds
 
 _SCRIPTS = ("units", "dom", "step", "curve", "treemap", "tables", "layers", "main")
@@ -79,7 +79,7 @@ def _policy_hash(content: str) -> str:
 
 def _page_object(report: ProfileReport) -> dict[str, Any]:
     """What the scripts read, once; `kinds`, `rows` and the steps are columns."""
-    profile, card, memory = report.profile, report.card, report.memory
+    profile, card = report.profile, report.card
     timelines = {"steady step": profile.timeline}
     if profile.first_timeline != profile.timeline:
         timelines["first step"] = profile.first_timeline
@@ -106,8 +106,7 @@ def _page_object(report: ProfileReport) -> dict[str, Any]:
         ),
     }
     if report.judge_fit:
-        fits = memory.peak_allocated_bytes <= card.available_bytes
-        found["verdict"] = {"fits": fits, "text": fit_line(memory.peak_allocated_bytes, card)}
+        found["verdict"] = {"fits": report.fits, "text": verdict_line(report)}
         label = f"{card.name} has {format_bytes(card.available_bytes)}"
         found["limit"] = {"size": card.available_bytes, "label": label}
     return found

@@ -97,6 +97,11 @@ class ProfileReport:
         return self.timeline is not self.profile.timeline
 
     @property
+    def fits(self) -> bool:
+        """Whether the card can run the step: its allocator gets by, and what is allocated leaves the card's reserve."""
+        return self.memory.out_of_memory is None and self.memory.peak_allocated_bytes <= self.card.available_bytes
+
+    @property
     def step_s(self) -> float:
         """Estimated seconds of the whole step, the optimizer's included."""
         return sum(self.card.seconds(work) for work in self.profile.work.values())
@@ -130,6 +135,8 @@ class ProfileReport:
                     parts.append(f"{value} norm")
                 case "inputs", _:
                     parts.append(", ".join(value))
+                case "card_number", _:
+                    parts.append(f"card {value}")
                 case "recompute", Mapping():
                     counts = Counter(value.values()).most_common()
                     parts.append("recompute " + ", ".join(f"{level} ({count})" for level, count in counts))
@@ -174,6 +181,7 @@ def profile_object(report: ProfileReport, rows: Iterable[ProfileRow]) -> dict[st
         "peak_allocated_bytes": memory.peak_allocated_bytes,
         "peak_reserved_bytes": memory.peak_reserved_bytes,
         "device_total_bytes": memory.device_total_bytes,
+        "fits": report.fits,
         "peak_tensor_bytes": report.timeline.peak_allocated_bytes,
         "peak_moment": report.peak_moment,
         "first_step_peak_bytes": profile.first_timeline.peak_allocated_bytes,

@@ -35,7 +35,12 @@ def profile_view(report: ProfileReport, rows: Sequence[ProfileRow], *, tree: boo
         lines.append(Text(_device_line(report)))
     first = report.profile.first_timeline.peak_allocated_bytes
     if not report.is_first_step and first != peak:
-        lines.append(Text(f"first step, without optimizer state until its end: {format_bytes(first)}"))
+        lines.append(
+            Text(
+                f"tensors and workspaces of the first step, without optimizer state until its end: "
+                f"{format_bytes(first)}, of later ones: {format_bytes(peak)}"
+            )
+        )
     if report.profile.uncounted:
         lines.append(
             Text(f"not counted, so that the peak is higher: {'; '.join(report.profile.uncounted)}", style="red")
@@ -43,8 +48,7 @@ def profile_view(report: ProfileReport, rows: Sequence[ProfileRow], *, tree: boo
     if report.measured_bytes is not None:
         lines.append(Text(measured_line(peak, report.measured_bytes)))
     if report.judge_fit:
-        fits = memory.peak_allocated_bytes <= report.card.available_bytes
-        lines.append(Text(fit_line(memory.peak_allocated_bytes, report.card), style="" if fits else "bold red"))
+        lines.append(Text(verdict_line(report), style="" if report.fits else "bold red"))
     notes = Text(
         f"peak: the most that is allocated, by all, while the layer works; share: of all that is saved\n"
         f"times: estimates from the rates that memseg cards {report.card.name} shows; "
@@ -61,6 +65,18 @@ def profile_view(report: ProfileReport, rows: Sequence[ProfileRow], *, tree: boo
         notes,
     ]
     return Group(*lines, Text(), *parts)
+
+
+def verdict_line(report: ProfileReport) -> str:
+    """Whether the step fits the card, and why not."""
+    refused = report.memory.out_of_memory
+    if refused is None or report.memory.peak_allocated_bytes > report.card.available_bytes:
+        line = fit_line(report.memory.peak_allocated_bytes, report.card)
+        return f"{line}, if nothing more were counted" if report.profile.uncounted and report.fits else line
+    return (
+        f"does not fit {report.card.name}: the allocator is refused {format_bytes(refused.needed_bytes)} with "
+        f"{format_bytes(refused.reserved_bytes)} reserved, {format_bytes(refused.allocated_bytes)} of it allocated"
+    )
 
 
 def fit_line(peak_bytes: int, card: Card) -> str:
@@ -102,8 +118,10 @@ def _device_line(report: ProfileReport) -> str:
 def _categories(report: ProfileReport) -> Table:
     peak = report.timeline.peak_allocated_bytes
     table = _table("of the peak", "bytes", "share", "")
-    by_size = sorted(report.timeline.by_category().items(), key=lambda item: -item[1])
-    for category, size in by_size:
+    parts: list[tuple[str, int]] = [(str(category), size) for category, size in report.timeline.by_category().items()]
+    beyond = report.memory.peak_allocated_bytes - peak
+    peak += beyond
+    for category, size in sorted([*parts, ("rounding, cuBLAS", beyond)], key=lambda item: -item[1]):
         if size:
             table.add_row(category, format_bytes(size), _percent(size, peak), Bar(peak, 0, size, color="cyan"))
     return table
@@ -138,7 +156,7 @@ def _layers(rows: Sequence[ProfileRow], *, tree: bool) -> Table:
     table.show_footer = True
     total = _total("all", rows)
     lines = tree_lines(rows) if tree else [(row.name, row) for row in rows]
-    most = max(row.saved_bytes for _, row in lines)
+    most = max((row.saved_bytes for _, row in lines), default=0)
     for label, row in lines:
         table.add_row(
             Text(label),

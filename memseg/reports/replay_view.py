@@ -58,11 +58,11 @@ def replay_view(report: ReplayReport, *, name: str) -> RenderableType:
     return Group(*lines)
 
 
-def measured_line(device: DeviceTrials, unit: Unit) -> str:
-    """What the device itself had reserved at most, beside the replay under its own settings."""
+def measured_line(device: DeviceTrials, unit: Unit, *, has_limit: bool = False) -> str:
+    """What the recording says was reserved at most, beside the replay under its own settings without a limit."""
     measured, replayed = device.recording.peak_reserved_bytes, device.own.replay.peak_reserved_bytes
-    line = f"measured: at most {unit.text(measured)} reserved"
-    if device.own.replay.out_of_memory is not None or not measured:
+    line = f"recorded: at most {unit.text(measured)} reserved"
+    if device.own.replay.out_of_memory is not None or not measured or has_limit:
         return line
     if measured == replayed:
         return f"{line}, and the replay says the same"
@@ -93,7 +93,7 @@ def _device(device: DeviceTrials, *, has_limit: bool) -> list[RenderableType]:
         before = f"the first {recording.num_alive_before} for {alive} that were alive before"
     lines: list[RenderableType] = [
         Text(f"device {recording.device}: {len(recording.events)} events, {before}"),
-        Text(measured_line(device, unit)),
+        Text(measured_line(device, unit, has_limit=has_limit)),
         Text(),
         _peaks(device, unit, has_limit=has_limit),
     ]

@@ -367,7 +367,7 @@ def test_other_precisions_are_profiled(precision, folder, capsys):
     [
         (["nets.py:biuld"], UnknownNameError, "unknown function of nets.py 'biuld'; did you mean build"),
         (["nets.py:weights"], UnknownNameError, "unknown function of nets.py 'weights'"),
-        (["nets.py:"], UnknownNameError, "unknown function of nets.py ''"),
+        (["nets.py:"], InputError, "an address must be MODULE:FUNCTION or file.py:FUNCTION, got 'nets.py:'"),
         (["nts.py:build"], InputError, "nts.py: no such file"),
         (["no_such_nets:build"], InputError, "importing no_such_nets fails with ModuleNotFoundError"),
         (["broken:build"], InputError, "importing broken fails with ModuleNotFoundError: .*no_such_module"),

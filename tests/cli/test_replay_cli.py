@@ -123,7 +123,7 @@ def test_text_compares_with_the_own_settings_and_with_the_device(recording, caps
     lines = [" ".join(line.split()) for line in replay(capsys, recording).splitlines()]
     assert lines[0] == f"{recording}, recorded under torch's defaults"
     assert "device 0: 4 events, nothing was alive before" in lines
-    assert "measured: at most 38.0 MiB reserved, and the replay says the same" in lines
+    assert "recorded: at most 38.0 MiB reserved, and the replay says the same" in lines
     assert "torch's defaults (own) 21.0 21.0 38.0 17.0 2" in lines
     assert any(line.startswith("max_split_size_mb:128 21.0 21.0 38.0 same ") for line in lines)
 

@@ -1,6 +1,7 @@
 """What a card must hold: what is allocated is within what is reserved, which is within what the process takes."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from memseg.profiling import Category, DataParallel, foreign_job, named_optimize
 from memseg.profiling.allocator.replay import FREE
 from memseg.profiling.allocator.settings import AllocatorSettings
 from memseg.profiling.card_memory import card_memory, named_events, training_events
-from memseg.profiling.device_memory import cublas_workspace_bytes, nccl_bytes
+from memseg.profiling.device_memory import Link, cublas_workspace_bytes, nccl_bytes
 
 MIB = 2**20
 CUDA_CARDS = [card for card in known_cards() if card.kind == "cuda"]
@@ -84,7 +85,8 @@ def test_replicas_hold_the_buffers_of_nccl_and_their_buckets():
     replica = card_memory(trace(convolutions, data_parallel=DataParallel(2)), card("v100"), replicas=2)
     assert [term.name for term in replica.terms if term not in alone.terms] == ["NCCL buffers"]
     outside = replica.device_total_bytes - replica.peak_reserved_bytes
-    assert outside == alone.device_total_bytes - alone.peak_reserved_bytes + nccl_bytes(2).size_bytes
+    buffers = nccl_bytes(2, Link.PCIE).size_bytes
+    assert outside == alone.device_total_bytes - alone.peak_reserved_bytes + buffers
     assert replica.peak_allocated_bytes > alone.peak_allocated_bytes
 
 
@@ -156,3 +158,14 @@ def steps_of(profile):
 def test_no_optimizer_is_fine():
     found = trace_job(partial(foreign_job, convolutions, torch.empty(2, 16, 8, 8), optimizer=None), device="cuda")
     assert card_memory(found, card("v100")).replay.peak_requested_bytes == found.peak_allocated_bytes
+
+
+def test_on_a_small_card_the_allocator_gives_back_or_is_refused():
+    profile = trace(convolutions)
+    roomy = card_memory(profile, card("v100"))
+    outside = roomy.device_total_bytes - roomy.peak_reserved_bytes
+    enough = card_memory(profile, replace(card("v100"), capacity_bytes=outside + roomy.peak_reserved_bytes))
+    assert (enough.out_of_memory, enough.peak_reserved_bytes) == (None, roomy.peak_reserved_bytes)
+    tight = card_memory(profile, replace(card("v100"), capacity_bytes=outside + roomy.peak_allocated_bytes // 2))
+    assert tight.out_of_memory is not None
+    assert tight.peak_allocated_bytes == roomy.peak_allocated_bytes

@@ -63,11 +63,11 @@ def test_torchs_defaults_are_recommended_by_their_name():
 def test_the_replay_is_held_against_what_the_device_measured():
     unit = Unit.suiting(MIB)
     (device,) = report().devices
-    assert measured_line(device, unit) == "measured: at most 38.0 MiB reserved, and the replay says the same"
+    assert measured_line(device, unit) == "recorded: at most 38.0 MiB reserved, and the replay says the same"
     (device,) = report(measured=40 * MIB).devices
-    assert measured_line(device, unit) == "measured: at most 40.0 MiB reserved; the replay says 38.0 MiB, -5.0 %"
+    assert measured_line(device, unit) == "recorded: at most 40.0 MiB reserved; the replay says 38.0 MiB, -5.0 %"
     (device,) = report(capacity=30 * MIB).devices
-    assert measured_line(device, unit) == "measured: at most 38.0 MiB reserved"
+    assert measured_line(device, unit) == "recorded: at most 38.0 MiB reserved"
 
 
 def test_collecting_garbage_is_tried_where_it_applies():

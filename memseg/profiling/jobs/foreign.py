@@ -26,7 +26,7 @@ def foreign_job(
     inputs: Any = None,
     target: Any = None,
     *,
-    loss: str | Loss = MEAN,
+    loss: str | Loss | None = None,
     optimizer: OptimizerFactory | None,
     precision: Precision = Precision.FLOAT32,
     accumulation: int = 1,
@@ -47,7 +47,9 @@ def foreign_job(
     made = model if isinstance(model, nn.Module) else _call(model, real=real)
     if isinstance(made, tuple) and len(made) in (2, 3):
         made, inputs, *others = made
-        loss = others[0] if others else loss
+        # What is asked for holds; else the function's own loss, or the mean.
+        loss = loss or (others[0] if others else None)
+    loss = loss or MEAN
     if not isinstance(made, nn.Module):
         raise InputError(
             f"a model must be a torch.nn.Module or a function that makes one, got {type(made).__name__}; "
@@ -66,6 +68,9 @@ def foreign_job(
             f"{type(twin).__name__} has no parameter that requires a gradient, so there is no step to profile"
         )
 
+    if inputs is None:
+        raise InputError("the model needs inputs: a tensor, a tuple of arguments or a dict of keyword arguments")
+
     def compute() -> Any:
         if isinstance(inputs, Mapping):
             return twin(**inputs)
@@ -73,6 +78,7 @@ def foreign_job(
 
     return Job(
         name=name or _name(model, twin),
+        loss_name=loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__),
         model=twin,
         compute=compute,
         loss=lambda output: compute_loss(output, *targets),
@@ -117,11 +123,6 @@ def cross_entropy_of_outputs(output: Any, *targets: Tensor) -> Tensor:
 _LOSSES: dict[str, Loss] = {MEAN: mean_of_outputs, CROSS_ENTROPY: cross_entropy_of_outputs}
 
 
-def loss_names() -> list[str]:
-    """Names of losses that need no code of the user's."""
-    return list(_LOSSES)
-
-
 def _differentiable(output: Any) -> list[Tensor]:
     found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not found:
@@ -157,17 +158,17 @@ def _call(make: Any, *, real: bool) -> Any:
         raise InputError(f"a model must be a torch.nn.Module or a function that makes one, got {type(make).__name__}")
     with unset_fake_temporarily():
         if not real:
-            with suppress(Exception), torch.device("meta"):
+            with suppress(Exception, SystemExit), torch.device("meta"):
                 return make()
         try:
             return make()
         except MemsegError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             name = getattr(make, "__name__", "the function")
             raise InputError(
-                f"{name}, which should make the model, fails with {type(error).__name__}: {error}; it is called "
-                "without arguments"
+                f"{name}, which should make the model, fails with {type(error).__name__}: "
+                f"{' '.join(str(error).split())}; it is called without arguments"
             ) from error
 
 

@@ -83,6 +83,8 @@ class Job:
     layers: tuple[tuple[str, nn.Module], ...]
     """Modules whose names are told, in order, "block1" before "block1.conv"."""
     optimizer: torch.optim.Optimizer | None
+    loss_name: str = ""
+    """What reports call it."""
     levels: Mapping[str, tuple[Recompute, ...]] = field(default_factory=dict)
     """Of each segment, the recompute levels that it has."""
     precision: Precision = Precision.FLOAT32

@@ -2,7 +2,7 @@
 
 A trace sees an operator of `memseg.nn` as one operation, with its outputs alone. What it allocates and frees inside
 itself, and what it computes, is found by tracing its body too, on meta tensors of a few bands, once for each shape. The
-memory is that of the bands, whatever the size of the map; the work is multiplied by how much larger the whole map is.
+memory is that of the bands, whatever the size of the map; the work is multiplied up to the whole map.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
 
 from memseg.nn.banded import BANDED_OPERATORS
 from memseg.nn.layout import planned_for
@@ -52,10 +53,18 @@ def look_inside(func: Any, args: tuple[Any, ...], device: str, trace: Trace) -> 
             narrow = operator.narrow(*tree_map(_meta_twin, list(args)))
             made: list[Any] = []
             peak, work = trace(lambda: made.append(operator.body(*narrow)), list(_tensors(narrow)))
-            whole, part = (max(tensor.numel() for tensor in _tensors(tensors)) for tensors in (args, narrow))
             scratch = peak - sum(tensor.nbytes for tensor in _tensors(made))
-            _known[key] = Inside(scratch, _multiplied(work, whole / part))
+            _known[key] = Inside(scratch, _multiplied(work, _times(func, args, narrow, work)))
     return _known[key]
+
+
+def _times(func: Any, args: tuple[Any, ...], narrow: Any, work: Work) -> float:
+    """How much more the whole call computes: by its operations, where there is a formula, else by its largest map."""
+    formula = flop_registry.get(func.overloadpacket)
+    if formula is not None and work.flops:
+        return float(formula(*args, out_val=None)) / work.flops
+    whole, part = (max(tensor.numel() for tensor in _tensors(tensors)) for tensors in (args, narrow))
+    return whole / part
 
 
 def _multiplied(work: Work, factor: float) -> Work:
