@@ -22,7 +22,8 @@ SEEDS = range(3)
 TIMES_PLAIN = 2.5
 """Of the plain network's own error, in the median of the seeds. Ours rounds the same maps, and here and there one more
 on the way (the pooled one, a gradient that is added up): sqrt(2) as much where errors are independent. The largest of
-all medians was 1.6 on an AMD Zen 4 and 2.06 on an Intel Xeon; rounding an upsampled map before it is normalised made 17."""
+all medians was 1.6 on an AMD Zen 4 and 2.06 on an Intel Xeon; rounding an upsampled map before it is normalised made
+17."""
 FLOAT32_ERROR = 1e-6
 """Relative; below it, all is exact for half precision."""
 
