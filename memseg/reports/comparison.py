@@ -86,6 +86,7 @@ class StoredProfile(StrictModel):
     steady_step_peak_bytes: Bytes
     step_seconds: Seconds
     uncounted: tuple[str, ...] = ()
+    fits: bool = True
     by_category: dict[str, Bytes]
     layers: tuple[StoredLayer, ...] = Field(min_length=1)
     alive_at_peak: tuple[dict[str, JsonValue], ...]
