@@ -31,14 +31,8 @@ def profile():
     return profile_step(partial(build_model, MINI), image=IMAGE, batch=BATCH)
 
 
-@pytest.mark.parametrize(
-    ("level", "norm"),
-    [
-        *((level, NormMode.BATCH) for level in Recompute),
-        (Recompute.UNITS, NormMode.FROZEN),
-        (Recompute.NORMS, NormMode.SYNCED),
-    ],
-)
+@pytest.mark.parametrize("norm", NormMode)
+@pytest.mark.parametrize("level", Recompute)
 def test_the_predicted_peak_is_the_measured_one(level, norm):
     build = partial(build_model, MINI, norm=norm)
     predicted = profile_step(build, image=IMAGE, batch=BATCH, recompute=level).timeline.peak_allocated_bytes
