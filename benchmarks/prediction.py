@@ -40,7 +40,7 @@ import torch
 from benchmarks import prediction_cases
 from benchmarks.prediction_cases import CASES, Case
 from benchmarks.published import predicted_peaks, read_runs
-from benchmarks.result import machine, progress, tell, versions
+from benchmarks.result import count, machine, progress, tell, versions
 from memseg.errors import InputError, MemsegError
 from memseg.files import replace_file
 from memseg.profiling import measure_job, trace_job
@@ -315,8 +315,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--published", type=Path, metavar="FILE", help="a table of published peaks of GPUs to hold predictions against")
     add("--list", action="store_true", help="print the cases' names and run nothing")
     add("--results", type=Path, metavar="FILE", help="rows as JSON lines; those that are there are not run again")
-    add("--threads", type=_count, default=torch.get_num_threads(), help="threads of a step (%(default)s)")
-    add("--timeout", type=_count, default=900, metavar="SECONDS", help="of one case (900)")
+    add("--threads", type=count, default=torch.get_num_threads(), help="threads of a step (%(default)s)")
+    add("--timeout", type=count, default=900, metavar="SECONDS", help="of one case (900)")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add(
         "--check",
@@ -325,16 +325,6 @@ def build_parser() -> argparse.ArgumentParser:
         f"{100 * MOST_WORST:.0f} %%",
     )
     return parser
-
-
-def _count(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return number
 
 
 def table(rows: Sequence[Row]) -> list[dict[str, str | int | float]]:

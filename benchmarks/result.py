@@ -1,5 +1,6 @@
 """How a benchmark tells its result: where it was measured, then a line for each row, or one JSON object."""
 
+import argparse
 import json
 import os
 import platform
@@ -55,6 +56,21 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def count(text: str) -> int:
+    """An option that counts something.
+
+    Raises:
+        ArgumentTypeError: not a whole number above 0.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return number
 
 
 @contextmanager

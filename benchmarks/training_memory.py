@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import training_alternatives
-from benchmarks.result import machine, progress, tell, versions
+from benchmarks.result import count, machine, progress, tell, versions
 from benchmarks.training_alternatives import DEFAULT, EXTRACTORS, VARIANTS, Task, Variant, Work, check_task
 from memseg.errors import MemsegError, UnknownNameError
 from memseg.models import model_names
@@ -352,14 +352,14 @@ def build_parser() -> argparse.ArgumentParser:
     models = ", ".join((*EXTRACTORS, *model_names()))
     add("--model", default=EXTRACTORS[0], help=f"an extractor or a whole network with its losses: {models}")
     add("--image", default="512x1024", help="HEIGHTxWIDTH in pixels (512x1024)")
-    add("--batch", type=_count, default=2, help="images in the batch (2)")
+    add("--batch", type=count, default=2, help="images in the batch (2)")
     add("--only", metavar="ROW,...", help="these rows, whatever their order; below are those of a run without it")
     add("--whole-step", action="store_true", help="with Adam's step, and everything counted from an empty process on")
     add("--limit", metavar="SIZE", help="run each row in a process that may grow by no more than this, as in 4GiB")
-    add("--steps", type=_count, default=5, help="steps that are timed in each round (5)")
-    add("--warmup", type=_count, default=2, help="steps before them (2)")
-    add("--rounds", type=_count, default=1, help="how often every row is run, one row after the other (1)")
-    add("--threads", type=_count, default=torch.get_num_threads(), help="threads of a step (%(default)s)")
+    add("--steps", type=count, default=5, help="steps that are timed in each round (5)")
+    add("--warmup", type=count, default=2, help="steps before them (2)")
+    add("--rounds", type=count, default=1, help="how often every row is run, one row after the other (1)")
+    add("--threads", type=count, default=torch.get_num_threads(), help="threads of a step (%(default)s)")
     add(
         "--environment",
         choices=("own", "memseg"),
@@ -368,21 +368,11 @@ def build_parser() -> argparse.ArgumentParser:
         "set OMP_WAIT_POLICY; or all that `memseg train` gives its processes: the heap also returns large tensors to "
         "the system when they are freed",
     )
-    add("--timeout", type=_count, default=3600, metavar="SECONDS", help="of one row's process (3600)")
+    add("--timeout", type=count, default=3600, metavar="SECONDS", help="of one row's process (3600)")
     add("--json", action="store_true", help="print one JSON object and nothing else")
     add("--row", help=argparse.SUPPRESS)
     add("--into", type=Path, help=argparse.SUPPRESS)
     return parser
-
-
-def _count(text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-    return number
 
 
 def chosen_rows(only: str | None) -> list[str]:
