@@ -1,4 +1,4 @@
-"""The plain choices that every part of memseg shares: what to rebuild, how batch norm counts, in what precision."""
+"""The plain choices that every part of memseg shares: what to rebuild, how batch norm counts, who runs what."""
 
 from enum import StrEnum
 
@@ -50,3 +50,36 @@ class Precision(StrEnum):
     def is_half(self) -> bool:
         """Whether autocast is on."""
         return self in (Precision.BFLOAT16, Precision.FLOAT16)
+
+
+class Strategy(StrEnum):
+    """Who runs what."""
+
+    SINGLE = "single"
+    """One card, everything."""
+    SPLIT = "split"
+    """Consecutive segments on each card."""
+    REPLICATE = "replicate"
+    """The whole model on each card, with a share of the batch."""
+    REPLICATE_SPLIT = "replicate-split"
+    """Several splits of the same kind, each with a share of the batch."""
+
+    @property
+    def replicates(self) -> bool:
+        """Whether the batch is shared out."""
+        return self in (Strategy.REPLICATE, Strategy.REPLICATE_SPLIT)
+
+    @property
+    def splits(self) -> bool:
+        """Whether the segments are."""
+        return self in (Strategy.SPLIT, Strategy.REPLICATE_SPLIT)
+
+
+class Schedule(StrEnum):
+    """In what order the stages of a split take several micro-batches."""
+
+    GPIPE = "gpipe"
+    """All forwards, then all backwards. Source: Huang et al., arXiv:1811.06965."""
+    ONE_F_ONE_B = "1f1b"
+    """A backward as soon as there is one to do; needs as many micro-batches as stages. Source: Narayanan et al.,
+    arXiv:2006.09503 (PipeDream-Flush)."""

@@ -24,11 +24,24 @@ until backward is over.
 
 A tensor that skips the stage unread needs a third buffer throughout backward: autograd copies the gradient that it is
 handed for a leaf. Left out: the gradient of the loss, a scalar, and what the optimizer's arithmetic takes for itself.
+
+With micro-batches the same walk is taken by several at once (`Flow`). Images, target and the buffers of what arrives
+are there for all of them; while one is at work, each other one in flight holds what a finished forward holds; gradients
+of parameters are there from the end of the first backward on. GPipe sends the gradients of what arrived without
+waiting, and holds them until all backward is over.
+
+    GPipe, 3 micro-batches   F0 F1 F2 B0 B1 B2      in flight: 3
+    1F1B, last but one of    F0 F1 B0 F2 B1 B2      in flight: 2, as many as stages are left
+
+Gradients also stay all step where they are collected over several passes (accumulation), and where they lie in the
+buckets of DistributedDataParallel, of which they are views. A fresh gradient lives only until it is added or copied.
+
+Source: torch/distributed/pipelining/schedules.py and stage.py, torch/csrc/distributed/c10d/reducer.cpp, torch 2.14.1.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 
@@ -106,11 +119,35 @@ class Peak:
     """Bytes of each category at that moment; they add up to `size`."""
 
 
-class Stage:
-    """Consecutive segments `first`..`last` (positions in the model, both included) on one card."""
+@dataclass(frozen=True)
+class Flow:
+    """How the images of a step pass through a stage."""
 
-    def __init__(self, costs: ModelCosts, first: int, last: int) -> None:
-        self.costs, self.first, self.last = costs, first, last
+    micro_batches: int = 1
+    """One after the other, each of the batch that the costs are for."""
+    in_flight: int = 1
+    """The most of them between the start of their forward and the end of their backward."""
+    keeps_gradients: bool = False
+    """Do gradients of parameters live all step: accumulated, or in buckets of DistributedDataParallel?"""
+
+    @property
+    def is_gpipe(self) -> bool:
+        """Are all forwards over before the first backward begins?"""
+        return self.in_flight == self.micro_batches
+
+
+class Stage:
+    """Consecutive segments `first`..`last` (positions in the model, both included) on one card.
+
+    Args:
+        costs: Of the whole model, for one micro-batch.
+        first: Position of the first segment.
+        last: Position of the last one.
+        flow: How micro-batches pass through it.
+    """
+
+    def __init__(self, costs: ModelCosts, first: int, last: int, flow: Flow | None = None) -> None:
+        self.costs, self.first, self.last, self.flow = costs, first, last, flow or Flow()
         self._position = {segment.name: position for position, segment in enumerate(costs.segments)}
         self._readers: dict[str, list[int]] = defaultdict(list)
         for position, segment in enumerate(costs.segments):
@@ -171,28 +208,53 @@ class Stage:
     @cached_property
     def moments(self) -> tuple[Moment, ...]:
         """Every moment at which the peak may lie, in the order of the step."""
-        always = self._always()
-        forward = [self._forward(position, always) for position in self.positions]
-        backward = [self._backward(position, always) for position in reversed(self.positions)]
+        always, flow = self._always(), self.flow
         gradients = [Term(segment.gradient_bytes, Category.GRADIENT) for segment in self.segments]
-        return (*forward, *backward, Moment("optimizer", None, (*always, *gradients)))
+        if flow.keeps_gradients:
+            always += gradients
+        held, sent = self._held(), self._sent()
+        most = flow.in_flight - 1
+        steady = flow.micro_batches > flow.in_flight
+        forward_around = [*always, *_times(held, most), *(gradients if steady and not flow.keeps_gradients else ())]
+        moments = [self._forward(position, forward_around) for position in self.positions]
+        # The first backward makes the gradients of parameters, later ones add to them.
+        moments += self._backwards([*always, *_times(held, most)], made=flow.keeps_gradients)
+        if flow.micro_batches > 1:
+            there = [*always, *(() if flow.keeps_gradients else gradients)]
+            for done in {1, flow.micro_batches - 1} if flow.is_gpipe else {1}:
+                others = most if steady else max(0, most - done)
+                away = _times(sent, done) if flow.is_gpipe else []
+                moments += self._backwards([*there, *_times(held, others), *away], made=True)
+        moments.append(Moment("optimizer", None, (*always, *(() if flow.keeps_gradients else gradients))))
+        return tuple(moments)
 
     def _always(self) -> list[Term]:
-        terms = []
+        terms, count = [], self.flow.micro_batches
         for segment in self.segments:
             terms.append(Term(segment.parameter_bytes, Category.PARAMETER))
             terms.append(Term(segment.buffer_bytes, Category.BUFFER))
             terms.append(Term(segment.optimizer_bytes, Category.OPTIMIZER_STATE))
         for name, size in ((IMAGES, self.costs.image_bytes), (TARGET, self.costs.target_bytes)):
             if self._local_readers(name):
-                terms.append(Term(size, Category.INPUT))
-        terms += [Term(maker.output_bytes, Category.TRANSFER) for maker in self.entering]
-        terms += [Term(maker.output_bytes, Category.TRANSFER) for maker in self.leaving if maker.output_needs_grad]
+                terms.append(Term(size * count, Category.INPUT))
+        arriving = [*self.entering, *(maker for maker in self.leaving if maker.output_needs_grad)]
+        terms += [Term(maker.output_bytes * count, Category.TRANSFER) for maker in arriving]
         return terms
 
-    def _forward(self, position: int, always: list[Term]) -> Moment:
+    def _held(self) -> list[Term]:
+        """What a micro-batch holds between its forward and its backward, beside what is there always."""
+        terms = self._saved(self.positions)
+        for maker in self.positions:
+            terms += self._tensor(maker, held=False, before=self.last + 1)
+        return terms
+
+    def _sent(self) -> list[Term]:
+        """Gradients that a finished backward sends to an earlier stage."""
+        return [Term(maker.output_bytes, Category.GRADIENT) for maker in self.entering if maker.output_needs_grad]
+
+    def _forward(self, position: int, around: list[Term]) -> Moment:
         segment = self.costs.segments[position]
-        terms = [*always, *self._saved(range(self.first, position))]
+        terms = [*around, *self._saved(range(self.first, position))]
         for maker in range(self.first, position):
             still_to_read = max(self._local_readers(self.costs.segments[maker].name), default=-1) >= position
             terms += self._tensor(maker, held=still_to_read, before=self.last + 1)
@@ -202,15 +264,20 @@ class Stage:
         ]
         return Moment("forward", segment.name, tuple(terms))
 
-    def _backward(self, position: int, always: list[Term]) -> Moment:
+    def _backwards(self, around: list[Term], *, made: bool) -> list[Moment]:
+        return [self._backward(position, around, made=made) for position in reversed(self.positions)]
+
+    def _backward(self, position: int, around: list[Term], *, made: bool) -> Moment:
+        """`made`: `around` has the gradients of all parameters already."""
         segment = self.costs.segments[position]
-        terms = [*always, *self._saved(range(self.first, position + 1))]
+        terms = [*around, *self._saved(range(self.first, position + 1))]
         for maker in self.positions:
             terms += self._tensor(maker, held=False, before=position + 1)
-        terms += [
-            Term(done.gradient_bytes, Category.GRADIENT)
-            for done in self.costs.segments[position + 1 : self.last + 1]
-        ]  # fmt: skip
+        if not made:
+            terms += [
+                Term(done.gradient_bytes, Category.GRADIENT)
+                for done in self.costs.segments[position + 1 : self.last + 1]
+            ]
         terms += [
             Term(maker.output_bytes, Category.GRADIENT)
             for maker in (*self.entering, *self.costs.segments[self.first : position + 1])
@@ -265,3 +332,8 @@ class Stage:
 
     def _local_readers(self, name: str) -> list[int]:
         return [reader for reader in self._readers[name] if reader in self.positions]
+
+
+def _times(terms: Iterable[Term], count: int) -> list[Term]:
+    """The same for `count` micro-batches at once."""
+    return [replace(term, size=term.size * count) for term in terms] if count else []
