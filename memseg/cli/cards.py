@@ -30,13 +30,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         examples=[
             "memseg cards",
             "memseg cards gtx1070",
+            "memseg cards here",
+            "memseg cards here:0",
             "memseg cards cpu:8GiB --json",
             "memseg cards --json",
             "memseg cards --calibrate",
             "memseg cards --calibrate mine.toml --force",
         ],
     )
-    parser.add_argument("card", nargs="?", metavar="NAME", help="a known card, NAME:SIZE, or a TOML file of your own")
+    parser.add_argument(
+        "card",
+        nargs="?",
+        metavar="NAME",
+        help="a known card, NAME:SIZE, a TOML file of your own, or here: the CUDA cards of this machine, with what "
+        "other processes use of them (here:0 is the first)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument(
         "--calibrate",
@@ -55,10 +63,12 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UnknownNameError: no such card.
-        InputError: more than one named, or a file that cannot be written.
+        InputError: more than one named, cards of this machine that cannot be described, or a file that cannot be
+            written.
         RunFailedError: a process that was measured with failed.
     """
-    from memseg.planning import known_cards, parse_cards
+    from memseg.planning.cards import known_cards, local_cards, parse_cards
+    from memseg.planning.local_cards import HERE
 
     if args.calibrate is not None:
         cards = _calibrate(args)
@@ -66,14 +76,16 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--{'quick' if args.quick else 'force'} goes with --calibrate; try memseg cards --calibrate")
     elif args.card is None:
         cards = known_cards()
+    elif args.card == HERE:
+        cards = local_cards()
     else:
         cards = parse_cards(args.card)
         if len(cards) > 1:
             raise InputError(f"one card can be shown at a time, got {args.card!r}; try memseg cards {cards[0].name}")
     if args.json:
         print_json({"cards": [_card_object(card) for card in cards]})
-    elif args.calibrate is None and args.card is None:
-        _print_table(cards)
+    elif args.calibrate is None and args.card in (None, HERE):
+        _print_table(cards, with_use=args.card == HERE)
     else:
         for card in cards:
             _print_card(card)
@@ -119,15 +131,18 @@ def _file_of(device: "torch.device", file: Path) -> Path:
     return file if device.type == "cpu" else file.with_name(f"{file.stem}-{device.type}{device.index}{file.suffix}")
 
 
-def _print_table(cards: "tuple[Card, ...]") -> None:
-    header = ("card", "capacity", "reserve", "available", "float32", "half", "bandwidth", "capability", "title")
+def _print_table(cards: "tuple[Card, ...]", *, with_use: bool) -> None:
+    """One row for each card; `with_use` tells what other processes hold, which the reserve counts too."""
+    use = ("in use",) if with_use else ()
+    header = ("card", "capacity", "reserve", *use, "available", "float32", "half", "bandwidth", "capability", "title")
     rows = [
         (
             card.name,
             f"{format_bytes(card.capacity_bytes):>9}",
-            format_bytes(card.reserve_bytes),
+            f"{format_bytes(card.reserve_bytes):>9}",
+            *([f"{format_bytes(card.used_bytes):>9}"] if with_use else []),
             f"{format_bytes(card.available_bytes):>9}",
-            f"{card.flops / 1e12:5.2f} TFLOP/s",
+            f"{card.flops / 1e12:6.2f} TFLOP/s",
             f"{card.half_flops / 1e12:5.1f} TFLOP/s" if card.half_flops else "",
             f"{card.bandwidth / 1e9:6.1f} GB/s",
             card.compute_capability or "",
@@ -163,6 +178,7 @@ def _card_object(card: "Card") -> dict[str, Any]:
         "kind": card.kind,
         "capacity_bytes": card.capacity_bytes,
         "reserve_bytes": card.reserve_bytes,
+        "used_bytes": card.used_bytes,
         "available_bytes": card.available_bytes,
         "flops_per_s": card.flops,
         "convolution_flops_per_s": card.convolution_flops,

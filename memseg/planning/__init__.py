@@ -5,17 +5,21 @@ from memseg.planning.cards import Card, known_cards, load_card, parse_cards
 from memseg.planning.costs import IMAGES, LOSS, TARGET, LevelCost, ModelCosts, SegmentCost, Work
 from memseg.planning.memory import Category, Moment, Peak, Stage
 from memseg.planning.plan import Alternative, CardPlan, PlacedSegment, Plan, load_plan, save_plan, unsplittable
-from memseg.planning.planner import make_plan
+from memseg.planning.planner import Settings, make_plan
+from memseg.planning.strategies import Aim
+from memseg.planning.workload import CostSource, Workload
 
 __all__ = [
     "IMAGES",
     "LOSS",
     "TARGET",
+    "Aim",
     "Alternative",
     "Card",
     "CardPlan",
     "Category",
     "Change",
+    "CostSource",
     "LevelCost",
     "ModelCosts",
     "Moment",
@@ -24,8 +28,10 @@ __all__ = [
     "PlacedSegment",
     "Plan",
     "SegmentCost",
+    "Settings",
     "Stage",
     "Work",
+    "Workload",
     "infeasible_json",
     "known_cards",
     "load_card",

@@ -9,14 +9,14 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from memseg.errors import InfeasiblePlanError
+from memseg.errors import InfeasiblePlanError, InputError
 from memseg.planning.cards import Card, known_cards
-from memseg.planning.costs import ModelCosts
-from memseg.planning.strategies import MOST_ORDERS, Placement, num_orders
+from memseg.planning.strategies import Placement
+from memseg.planning.workload import Workload
 from memseg.units import GIB, format_bytes
 
-Closest = Callable[[ModelCosts, Sequence[Card]], Placement]
-"""The placement of these costs on these cards that needs least, under the strategy in force."""
+Closest = Callable[[Workload, Sequence[Card]], Placement | None]
+"""A placement on these cards that fits, or else the one that needs least, under the settings in force."""
 
 _LARGEST_CPU_GIB = 1024
 """Beyond this no larger cpu card is advised."""
@@ -28,8 +28,8 @@ class Change:
 
     description: str
     """As in "batch 1" or "frozen norm"."""
-    costs: Callable[[], ModelCosts]
-    """Of the changed run; called only if needed."""
+    workload: Callable[[], Workload]
+    """The changed run; called only if needed."""
 
 
 class NothingFitsError(InfeasiblePlanError):
@@ -44,14 +44,15 @@ class NothingFitsError(InfeasiblePlanError):
         worst = closest.worst_stage
         self.closest = closest
         self.card = worst.card
-        self.needed_bytes = worst.choice.peak.size
+        self.needed_bytes = worst.needed_bytes
         self.available_bytes = worst.card.available_bytes
         self.moment = str(worst.choice.peak.moment)
         self.layer = worst.choice.peak.moment.segment
         """The segment at work at that moment; None in the optimizer step."""
-        self.by_category = worst.choice.peak.by_category
+        outside = {"outside": worst.outside_bytes} if worst.outside_bytes else {}
+        self.by_category = worst.choice.peak.by_category | outside
         """What `needed_bytes` is for."""
-        self.stage_number = closest.stages.index(worst) + 1
+        self.stage_number = worst.number + 1
         """Of the stage that does not fit, counted from 1."""
         self.segments = tuple(segment.name for segment in worst.stage.segments)
         """Of the stage that does not fit."""
@@ -86,12 +87,12 @@ def infeasible_json(error: NothingFitsError) -> str:
 
 
 def find_advice(
-    costs: ModelCosts, cards: Sequence[Card], changes: Iterable[Change], tight: Card, closest: Closest
+    workload: Workload, cards: Sequence[Card], changes: Iterable[Change], tight: Card, closest: Closest
 ) -> list[str]:
     """Single changes that would fit, each really placed: first the caller's, then other cards.
 
     Args:
-        costs: Of the run that does not fit.
+        workload: That does not fit.
         cards: That it does not fit.
         changes: To the run, that the caller offers.
         tight: The card of the closest placement that was too small.
@@ -99,25 +100,30 @@ def find_advice(
     """
     advice = []
     for change in changes:
-        placement = closest(change.costs(), cards)
-        if placement.fits:
+        placement = _placed(closest, change.workload(), cards)
+        if placement and placement.fits:
             advice.append(f"{change.description} ({_need(placement)})")
     position = list(cards).index(tight)
 
-    def with_other(card: Card) -> list[Card]:
-        return [*cards[:position], card, *cards[position + 1 :]]
+    def with_other(card: Card) -> Placement | None:
+        return closest(workload, [*cards[:position], card, *cards[position + 1 :]])
 
-    candidates = [card for card in _larger_cards(tight) if num_orders(with_other(card)) <= MOST_ORDERS]
-    larger = _smallest_fitting(candidates, lambda card: closest(costs, with_other(card)))
+    larger = smallest_fitting(_larger_cards(tight), with_other)
     if larger:
         card, placement = larger
         advice.append(f"{card.name} in place of {tight.name} ({_need(placement)})")
-    one_more = [*cards, tight]
-    if len(one_more) < len(costs.segments) and num_orders(one_more) <= MOST_ORDERS:
-        placement = closest(costs, one_more)
-        if placement.fits:
-            advice.append(f"one more {tight.name} ({_need(placement)})")
+    placement = _placed(closest, workload, [*cards, tight])
+    if placement and placement.fits:
+        advice.append(f"one more {tight.name} ({_need(placement)})")
     return advice
+
+
+def _placed(closest: Closest, workload: Workload, cards: Sequence[Card]) -> Placement | None:
+    """None too where the changed run is none."""
+    try:
+        return closest(workload, cards)
+    except InputError:
+        return None
 
 
 def _larger_cards(tight: Card) -> list[Card]:
@@ -129,13 +135,13 @@ def _larger_cards(tight: Card) -> list[Card]:
     return [card for card in known_cards() if card.kind == "cuda" and card.available_bytes > tight.available_bytes]
 
 
-def _smallest_fitting(cards: Sequence[Card], place: Callable[[Card], Placement]) -> tuple[Card, Placement] | None:
+def smallest_fitting(cards: Sequence[Card], place: Callable[[Card], Placement | None]) -> tuple[Card, Placement] | None:
     """The first of `cards`, sorted by what they have available, on which the placement fits; found by halving."""
     found, low, high = None, 0, len(cards)
     while low < high:
         middle = (low + high) // 2
         placement = place(cards[middle])
-        if placement.fits:
+        if placement and placement.fits:
             found, high = (cards[middle], placement), middle
         else:
             low = middle + 1

@@ -1,4 +1,4 @@
-"""What a card has, what it keeps back, how fast it is.
+"""The cards that a list names: known ones, a user's own, those of this machine.
 
 A plan is made on a machine without the cards it is for, so their figures must come from somewhere: one TOML file per
 card, each figure beside the document it was taken from. Users describe their own card in the same form. What a card
@@ -11,13 +11,16 @@ keeps back (`reserve`) is the only safety margin in memseg; predictions are neve
     value = "7.93 GiB"
     source = "total capacity in PyTorch's out-of-memory message"
 
-and so on for each of `reserve`, `flops`, `bandwidth`, `link`, `efficiency` and, for CUDA, `compute_capability`.
+and so on for each of `reserve`, `flops`, `bandwidth`, `link`, `efficiency` and, for CUDA, `compute_capability`. Where
+the driver calls the product otherwise than the title does, `products` lists its names.
 """
 
+import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -25,83 +28,15 @@ from typing import Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from memseg.errors import InputError, ProblemsError, UnknownNameError
-from memseg.planning.costs import Work
-from memseg.planning.roofline import ProductKind, products_seconds
+from memseg.planning.card import Card, parse_capability
+from memseg.planning.local_cards import HERE, local_card, read_local_figures
 from memseg.planning.strict import StrictModel, field_names, problem_lines
 from memseg.resources import shipped_folder
 from memseg.units import format_bytes, parse_bytes
 
+__all__ = ["Card", "known_cards", "load_card", "local_cards", "parse_capability", "parse_cards"]
+
 Value = TypeVar("Value")
-
-
-@dataclass(frozen=True)
-class Card:
-    """A device that can run segments."""
-
-    name: str
-    """As the user wrote it: gtx1070, cpu:8GiB, my_card.toml. `parse_cards` reads it back."""
-    title: str
-    kind: Literal["cuda", "cpu"]
-    capacity_bytes: int
-    """What a process sees of it; a little less than is printed on the box."""
-    reserve_bytes: int
-    """Kept back for what no prediction counts: context, workspaces, fragmentation, the display."""
-    flops: float
-    """Peak float32 operations per second, multiply-add counted as two, without TF32."""
-    bandwidth: float
-    """Peak bytes per second to and from its memory."""
-    link: float
-    """Bytes per second to another card."""
-    efficiency: float
-    """The fraction of the peak rates that training reaches, in (0, 1]."""
-    compute_capability: str | None
-    """As in CUDA's documentation, "6.1"; None for a cpu card."""
-    sources: Mapping[str, str] = field(compare=False, repr=False)
-    """Where each figure comes from, by its name in the profile."""
-    convolution_flops: float | None = None
-    """Of float32 convolutions, where they run at another rate than float32 matrix products; on a card with TF32, in
-    TF32, as torch does by default."""
-    half_flops: float | None = None
-    """Of bfloat16 and float16 products, summed in float32; None where they run no faster than in float32."""
-    overhead_s: float = 0.0
-    """Seconds that each operation takes beside its arithmetic and its traffic."""
-
-    @property
-    def available_bytes(self) -> int:
-        """What a prediction may fill."""
-        return self.capacity_bytes - self.reserve_bytes
-
-    def flops_of(self, kind: ProductKind) -> float:
-        """Peak operations per second of one kind of products.
-
-        bfloat16 needs compute capability 8.0; before, it runs at the rate of float32. float64 is taken at half that
-        rate, as on CPUs and on cards for data centres; on other cards it is slower.
-        """
-        match kind:
-            case ProductKind.CONVOLUTION:
-                return self.convolution_flops or self.flops
-            case ProductKind.FLOAT16:
-                return self.half_flops or self.flops
-            case ProductKind.BFLOAT16:
-                return self.half_flops or self.flops if self._has_bfloat16 else self.flops
-            case ProductKind.FLOAT64:
-                return self.flops / 2
-            case ProductKind.MATRIX:
-                return self.flops
-
-    def seconds(self, work: Work) -> float:
-        """Predicted time of `work`, one operation after the other (`memseg.planning.roofline`).
-
-        The seconds of a sum are the sum of the seconds.
-        """
-        products = products_seconds(work.products, self.flops_of, self.bandwidth)
-        other_flops = work.flops - sum(one.flops for one in work.products)
-        at_peak = products + other_flops / self.flops + work.moved_bytes / self.bandwidth
-        return at_peak / self.efficiency + work.operations * self.overhead_s
-
-    @property
-    def _has_bfloat16(self) -> bool:
-        return self.compute_capability is None or parse_capability(self.compute_capability) >= (8, 0)
 
 
 class _Figure(StrictModel):
@@ -116,9 +51,16 @@ class _Fraction(StrictModel):
     source: str = Field(min_length=10)
 
 
+class _Names(StrictModel):
+    value: list[str] = Field(min_length=1)
+    """Whole names, as NVML, nvidia-smi and torch tell them."""
+    source: str = Field(min_length=10)
+
+
 class _Profile(StrictModel):
     title: str = Field(min_length=1)
     kind: Literal["cuda", "cpu"]
+    products: _Names | None = None
     capacity: _Figure
     reserve: _Figure
     flops: _Figure
@@ -135,31 +77,53 @@ def known_cards() -> tuple[Card, ...]:
     """Every card that memseg ships a profile of, from the smallest to the largest.
 
     >>> [card.name for card in known_cards()][:2]
-    ['rtx2060', 'gtx1070']
+    ['rtx2060', 'rtx3070']
     """
     return tuple(sorted(_shipped().values(), key=lambda card: (card.available_bytes, card.name)))
+
+
+def local_cards() -> tuple[Card, ...]:
+    """Every CUDA card of this machine, also those that other processes have filled; named here:0, here:1 and so on.
+
+    Raises:
+        InputError: there is none, or one of them cannot be described.
+    """
+    figures = read_local_figures(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return tuple(local_card(one, index, _shipped().values()) for index, one in enumerate(figures))
 
 
 def parse_cards(text: str) -> tuple[Card, ...]:
     """The cards that a comma-separated list names.
 
-    Each is the name of a shipped profile or the path of a TOML file like those, and may be followed by a colon and the
-    size of its memory. A card may be repeated.
+    Each is the name of a shipped profile, the path of a TOML file like those, or here:0, the first CUDA card of this
+    machine; it may be followed by a colon and the size of its memory. `here` stands for all cards of this machine.
+    A card may be repeated, or have its number before it: 2*gtx1070.
 
     Raises:
         UnknownNameError: neither a known card nor a TOML file.
         ProblemsError: the TOML file does not describe a card.
-        InputError: nothing named, or a size that leaves nothing beside the reserve.
+        InputError: nothing named, a number or a size that is none, a size that leaves nothing beside the reserve, or
+            cards of this machine that are not there, cannot be described, are full, or are named twice.
 
     >>> [card.title for card in parse_cards("gtx1070,titanx")]
     ['NVIDIA GeForce GTX 1070', 'NVIDIA Titan X (Pascal)']
     >>> parse_cards("cpu:8GiB")[0].capacity_bytes
     8589934592
+    >>> [card.name for card in parse_cards("2*gtx1070, titanx")]
+    ['gtx1070', 'gtx1070', 'titanx']
     """
-    names = [part.strip() for part in text.split(",")]
-    if not all(names):
-        raise InputError(f"cards must be names joined by commas, got {text!r}; try gtx1070,titanx or cpu:8GiB")
-    return tuple(_parse_card(name) for name in names)
+    entries = [part.strip() for part in text.split(",")]
+    if not all(entries):
+        raise InputError(
+            f"cards must be names joined by commas, got {text!r}; try gtx1070,titanx or 2*gtx1070 or cpu:8GiB, or here "
+            "for the cards of this machine"
+        )
+    cards = tuple(card for entry in entries for card in _parse_entry(entry))
+    local = Counter(match[0] for card in cards if (match := _LOCAL.match(card.name)))
+    twice = [name for name, count in local.items() if count > 1]
+    if twice:
+        raise InputError(f"{', '.join(twice)}: a card of this machine must be named once, got {text!r}")
+    return cards
 
 
 def load_card(path: Path) -> Card:
@@ -177,23 +141,63 @@ def _shipped() -> dict[str, Card]:
     return {path.stem: _load_card(path, path.stem) for path in sorted(folder.rglob("*.toml"))}
 
 
-def _parse_card(name: str) -> Card:
-    base, colon, size = name.rpartition(":") if ":" in name else (name, "", "")
-    if base.endswith(".toml"):
-        card = load_card(Path(base))
-    else:
-        try:
-            card = _shipped()[base]
-        except KeyError:
-            hint = "(a card of your own is a TOML file: cards/mine.toml)"
-            raise UnknownNameError("card", base, _shipped(), hint) from None
-    capacity = parse_bytes(size) if colon else card.capacity_bytes
-    if capacity <= card.reserve_bytes:
+def _parse_entry(entry: str) -> tuple[Card, ...]:
+    """All the cards that one part of a list stands for."""
+    count, star, name = (part.strip() for part in entry.rpartition("*"))
+    if star and not re.fullmatch("[1-9][0-9]{0,2}", count):
         raise InputError(
-            f"{name}: a card must be larger than what it keeps back, {format_bytes(card.reserve_bytes)}, "
+            f"{entry}: the number before a card must be a whole one from 1 to 999, got {count!r}; try 2*gtx1070"
+        )
+    if name == HERE:
+        cards = tuple(_sized(card, card.name, None) for card in local_cards())
+    elif name.startswith(f"{HERE}:"):
+        cards = (_parse_local(name),)
+    else:
+        base, colon, size = name.rpartition(":") if ":" in name else (name, "", "")
+        cards = (_sized(_profiled(base), name, size if colon else None),)
+    return cards * int(count or 1)
+
+
+_LOCAL = re.compile(rf"{HERE}:(0|[1-9][0-9]*)")
+
+
+def _parse_local(name: str) -> Card:
+    """One card of this machine: here:0, or with a size here:0:6GiB."""
+    match = re.fullmatch(rf"{_LOCAL.pattern}(?::(.+))?", name)
+    if not match:
+        raise InputError(f"{name}: cards of this machine are here (all of them), here:0 (the first) or here:0:6GiB")
+    index = int(match[1])
+    figures = read_local_figures(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if index >= len(figures):
+        raise InputError(
+            f"{name}: the cards of this machine are here:0 to here:{len(figures) - 1}; memseg cards here lists them"
+        )
+    return _sized(local_card(figures[index], index, _shipped().values()), name, match[2])
+
+
+def _profiled(base: str) -> Card:
+    if base.endswith(".toml"):
+        return load_card(Path(base))
+    try:
+        return _shipped()[base]
+    except KeyError:
+        hint = "(a card of your own is a TOML file: cards/mine.toml; here stands for the cards of this machine)"
+        raise UnknownNameError("card", base, _shipped(), hint) from None
+
+
+def _sized(card: Card, name: str, size: str | None) -> Card:
+    """`card` under the name that the user gave it, and with the size if one was given."""
+    try:
+        capacity = card.capacity_bytes if size is None else parse_bytes(size)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    if capacity <= card.reserve_bytes:
+        held = f", {format_bytes(card.used_bytes)} of it held by other processes" if card.used_bytes else ""
+        raise InputError(
+            f"{name}: a card must be larger than what it keeps back, {format_bytes(card.reserve_bytes)}{held}, "
             f"got {format_bytes(capacity)}"
         )
-    sources = {**card.sources, "capacity": "given by the user"} if colon else card.sources
+    sources = card.sources if size is None else {**card.sources, "capacity": "given by the user"}
     return replace(card, name=name, capacity_bytes=capacity, sources=sources)
 
 
@@ -244,24 +248,13 @@ def _card_of(profile: _Profile, path: Path, name: str) -> Card:
         convolution_flops=figure("convolution_flops", _parse_flops, None),
         half_flops=figure("half_flops", _parse_flops, None),
         overhead_s=figure("overhead", _parse_duration, 0.0),
+        products=tuple(profile.products.value) if profile.products else (profile.title,),
     )
     if not problems and card.available_bytes <= 0:
         problems.append("reserve.value: must be smaller than the capacity")
     if problems:
         raise ProblemsError(str(path), problems)
     return card
-
-
-def parse_capability(text: str) -> tuple[int, int]:
-    """CUDA's compute capability as numbers that compare.
-
-    >>> parse_capability("8.6") < parse_capability("12.0")
-    True
-    """
-    match = re.fullmatch(r"\s*([0-9]+)\.([0-9]+)\s*", text)
-    if not match:
-        raise InputError(f"a compute capability must be MAJOR.MINOR, got {text!r}; try 8.6")
-    return int(match[1]), int(match[2])
 
 
 def _parse_flops(text: str) -> float:

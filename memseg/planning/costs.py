@@ -15,8 +15,8 @@ All sizes are bytes, all work is for the whole batch.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
-from typing import ClassVar
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -24,6 +24,9 @@ from memseg.errors import ProblemsError
 from memseg.levels import NormMode, Precision, Recompute
 from memseg.planning.roofline import Products, merged
 from memseg.planning.strict import problem_lines
+
+if TYPE_CHECKING:
+    from memseg.planning.card import Card
 
 IMAGES = "images"
 """The name of the input batch among the tensors that a segment reads."""
@@ -141,6 +144,16 @@ class ModelCosts:
         problems = _structure_problems(self.segments)
         if problems:
             raise ProblemsError(f"costs of {self.model}", problems)
+
+    def level_seconds(self, card: "Card") -> list[list[float]]:
+        """Predicted time of forward and backward of each segment at each of its levels."""
+        if card not in self._seconds:
+            self._seconds[card] = [[card.seconds(level.work) for level in one.levels] for one in self.segments]
+        return self._seconds[card]
+
+    @cached_property
+    def _seconds(self) -> "dict[Card, list[list[float]]]":
+        return {}
 
     def to_json(self) -> str:
         """One JSON object; `from_json` reads it back to an equal value."""

@@ -1,126 +1,332 @@
-"""Costs and cards in, the fastest plan that fits out; or an error that says what is missing and what would mend it."""
+"""Costs and cards in, the best plan that fits out; or an error that says what is missing and what would mend it."""
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
-from memseg.errors import InputError
+from memseg.errors import InputError, UnknownNameError
+from memseg.levels import NormMode, Schedule, Strategy
 from memseg.planning.advice import Change, NothingFitsError, find_advice
 from memseg.planning.cards import Card
-from memseg.planning.costs import ModelCosts
-from memseg.planning.plan import Alternative, CardPlan, PlacedSegment, Plan, unsplittable
-from memseg.planning.strategies import MOST_ORDERS, PlacedStage, Placement, Placer, num_orders
+from memseg.planning.placer import Placer
+from memseg.planning.plan import Alternative, CardPlan, PlacedSegment, Plan, installed_torch, unsplittable
+from memseg.planning.replicas import best_shares, columns_of, grids, share_vectors
+from memseg.planning.strategies import NETWORK_BYTES_PER_SECOND, Aim, Column, Pipeline, PlacedStage, Placement, Slot
+from memseg.planning.workload import Workload
+
+MOST_MICRO_BATCHES = 16
+"""More make the pipeline's pauses little shorter, and small micro-batches use a card badly."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may decide; what is left out, the planner does."""
+
+    strategy: Strategy | None = None
+    aim: Aim = Aim.SPEED
+    nodes: int = 1
+    """Machines; each has an equal part of the cards, in order, and all of them are used."""
+    network: float = NETWORK_BYTES_PER_SECOND
+    """Bytes per second between them."""
+    cut: tuple[str, ...] = ()
+    """The first segment of each stage of a split but the first."""
+    micro_batches: int | None = None
+    schedule: Schedule | None = None
 
 
 def make_plan(
-    costs: ModelCosts,
+    workload: Workload,
     cards: Sequence[Card],
+    settings: Settings | None = None,
     *,
-    strategy: Literal["auto", "single", "split"] = "auto",
     changes: Iterable[Change] = (),
+    force: bool = False,
 ) -> Plan:
-    """The plan with the most images per second among all that fit.
+    """The best plan among all that fit.
 
     Args:
-        costs: Of one training step, from the profiler.
-        cards: To train on. "single" takes the best one of them, "split" uses all, in any order.
-        strategy: "auto" compares both.
+        workload: What is to be trained.
+        cards: To train on; those that do not help are left out.
+        settings: What is decided already.
         changes: Single changes to try when nothing fits; their costs are asked for only then.
+        force: Give the plan that comes closest where nothing fits, marked as not feasible.
 
     Raises:
         NothingFitsError: no placement fits; with the closest one, and the changes that would mend it.
-        InputError: no cards, or a split over one card, over more cards than segments beside the loss, or over too many
-            different ones.
+        InputError: no cards, or settings that contradict each other, the cards or the model.
     """
-    _check(costs, cards, strategy)
-    placer = Placer(costs)
-    placements = _placements(placer, cards, strategy)
+    settings = settings or Settings()
+    _check(workload, cards, settings)
+    planning = _Planning(workload, cards, settings)
+    placements = planning.fitting()
     if placements:
-        return _plan(costs, placements)
+        return planning.plan(placements)
 
-    def closest_of(other: ModelCosts, others: Sequence[Card]) -> Placement:
-        return _closest(placer if other is costs else Placer(other), others, strategy)
+    closest = planning.closest()
+    if closest is None:
+        raise InputError(
+            f"{_wanted(settings)} must be possible with this batch and these cards; it is not: name another"
+        )
+    if force:
+        return planning.plan([closest])
 
-    closest = closest_of(costs, cards)
-    raise NothingFitsError(closest, find_advice(costs, cards, changes, closest.worst_stage.card, closest_of))
+    def closest_of(other: Workload, others: Sequence[Card]) -> Placement | None:
+        return _Planning(other, others, settings).closest(enough=True)
+
+    raise NothingFitsError(closest, find_advice(workload, cards, changes, closest.worst_stage.card, closest_of))
 
 
-def _check(costs: ModelCosts, cards: Sequence[Card], strategy: str) -> None:
+class _Planning:
+    def __init__(self, workload: Workload, cards: Sequence[Card], settings: Settings) -> None:
+        self._workload, self._settings = workload, settings
+        per_node = len(cards) // settings.nodes
+        self._slots = [Slot(card, position // per_node) for position, card in enumerate(cards)]
+        self._per_node = per_node
+        names = [segment.name for segment in workload.whole.segments]
+        starts = [names.index(name) for name in settings.cut]
+        self._placer = Placer(workload, network=settings.network, starts=starts)
+
+    def fitting(self) -> list[Placement]:
+        """All that fit, the best first."""
+        found = [placement for placement in self._placements(self._settings.aim) if placement.fits]
+        return sorted(found, key=lambda placement: placement.rank(self._settings.aim))
+
+    def closest(self, *, enough: bool = False) -> Placement | None:
+        """The one with the smallest shortfall; or, if that is `enough`, the first that fits."""
+        best = None
+        for placement in self._placements(Aim.CLOSEST):
+            if best is None or placement.rank(Aim.CLOSEST) < best.rank(Aim.CLOSEST):
+                best = placement
+            if enough and best.fits:
+                break
+        return best
+
+    def _placements(self, aim: Aim) -> Iterator[Placement]:
+        kinds: list[tuple[Strategy, Callable[[Aim], Iterable[Placement | None]]]] = [
+            (Strategy.SINGLE, self._singles),
+            (Strategy.SPLIT, self._splits),
+            (Strategy.REPLICATE, self._replicates),
+            (Strategy.REPLICATE_SPLIT, self._replicated_splits),
+        ]
+        for strategy, place in kinds:
+            if self._settings.strategy in (None, strategy):
+                yield from (placement for placement in place(aim) if placement)
+
+    def _singles(self, aim: Aim) -> Iterator[Placement | None]:
+        if self._settings.nodes == 1:
+            yield from (self._placer.single(slot, aim) for slot in dict.fromkeys(self._slots))
+
+    def _splits(self, aim: Aim) -> Iterator[Placement | None]:
+        """The best one, whatever its micro-batches."""
+        if self._can_split and len(self._slots) > 1:
+            best: Placement | None = None
+            for pipeline in self._pipelines(self._workload.batch):
+                limit = best.measure(aim) if best else math.inf
+                found = self._placer.split(self._slots, pipeline, aim, fewest=self._fewest_cards, limit=limit)
+                best = found or best
+            yield best
+
+    def _replicates(self, aim: Aim) -> Iterator[Placement | None]:
+        def length(slot: Slot, share: int) -> float:
+            return self._placer.whole_model(slot, share, aim)
+
+        if len(self._slots) < 2 or self._workload.batch < 2 or self._settings.cut or self._settings.micro_batches:
+            return
+        batch, slots = self._workload.batch, self._slots
+        members = best_shares(slots, batch, length, fewest=int(self._settings.nodes > 1))
+        if members is None and self._settings.strategy is Strategy.REPLICATE:
+            # One card alone is faster, but that is not what was asked for.
+            members = best_shares(_most_capable(slots, min(len(slots), batch)), batch, length, fewest=1)
+        yield self._placer.replicate(members, aim) if members else None
+
+    def _replicated_splits(self, aim: Aim) -> Iterator[Placement | None]:
+        """The best one of all grids and shares that are tried."""
+        best: Placement | None = None
+        for columns, pipeline in self._grids():
+            limit = best.measure(aim) if best else math.inf
+            best = self._placer.replicate_split(columns, pipeline, aim, limit=limit) or best
+        yield best
+
+    def _grids(self) -> Iterator[tuple[list[Column], Pipeline]]:
+        if not self._can_split or self._workload.batch < 2:
+            return
+        count = len(self._slots)
+        for replicas in range(2, min(count // 2, self._workload.batch) + 1):
+            for stages in range(2, count // replicas + 1):
+                if replicas * stages < max(self._fewest_cards, count - replicas + 1):
+                    continue
+                slots = _most_capable(self._slots, replicas * stages)
+                for rows in grids(slots, replicas, stages):
+                    for pipeline in self._pipelines(self._workload.batch):
+                        for shares in share_vectors(self._workload.batch, replicas, pipeline.micro_batches):
+                            yield columns_of(rows, shares), pipeline
+
+    def _pipelines(self, batch: int) -> Iterator[Pipeline]:
+        """Ways to cut a share into micro-batches that the norms allow."""
+        wanted, schedule = self._settings.micro_batches, self._settings.schedule
+        counts = [1]
+        if self._workload.norm is NormMode.FROZEN:
+            counts += [count for count in range(2, min(batch, MOST_MICRO_BATCHES) + 1) if batch % count == 0]
+        for count in counts:
+            if wanted in (None, count):
+                schedules: list[Schedule | None] = [None] if count == 1 else [Schedule.ONE_F_ONE_B, Schedule.GPIPE]
+                for one in schedules:
+                    if schedule in (None, one):
+                        yield Pipeline(count, one)
+
+    @property
+    def _fewest_cards(self) -> int:
+        """Each machine starts a process for each of its cards; on one machine some may be left out."""
+        return len(self._slots) if self._settings.nodes > 1 else 2
+
+    @property
+    def _can_split(self) -> bool:
+        return unsplittable(self._workload.whole.precision) is None
+
+    def plan(self, placements: Sequence[Placement]) -> Plan:
+        """The first of them; the others are told beside it."""
+        best, *others = placements
+        costs, batch = self._workload.whole, self._workload.batch
+        positions = self._positions(best)
+        ranked = sorted(zip(positions, best.stages, strict=True), key=lambda one: one[0])
+        return Plan(
+            feasible=best.fits,
+            torch=installed_torch(),
+            model=costs.model,
+            parameter_bytes=sum(segment.parameter_bytes for segment in costs.segments),
+            num_classes=costs.num_classes,
+            image=costs.image,
+            batch=batch,
+            accumulation=self._workload.accumulation,
+            norm=costs.norm,
+            precision=costs.precision,
+            strategy=best.strategy,
+            micro_batches=best.pipeline.micro_batches,
+            schedule=best.pipeline.schedule,
+            step_seconds=best.step_seconds,
+            images_per_second=best.images_per_second,
+            cards=tuple(self._card_plan(position, placed) for position, placed in ranked),
+            transfer_seconds=best.transfer_seconds,
+            alternatives=tuple(self._alternative(other) for other in others),
+        )
+
+    def _positions(self, placement: Placement) -> list[int]:
+        """For each stage a card of the list, none twice."""
+        free = list(range(len(self._slots)))
+        positions = []
+        for placed in placement.stages:
+            position = next(number for number in free if self._slots[number] == placed.slot)
+            free.remove(position)
+            positions.append(position)
+        return positions
+
+    def _card_plan(self, position: int, placed: PlacedStage) -> CardPlan:
+        levels = placed.stage.recompute_of(placed.choice.levels)
+        return CardPlan(
+            card=placed.card.name,
+            position=position % self._per_node,
+            node=placed.slot.node,
+            replica=placed.replica,
+            stage=placed.number,
+            capacity_bytes=placed.card.capacity_bytes,
+            reserve_bytes=placed.card.reserve_bytes,
+            predicted_peak_bytes=placed.choice.peak.size,
+            outside_bytes=placed.outside_bytes,
+            peak_moment=str(placed.choice.peak.moment),
+            batch_share=placed.share,
+            by_category=placed.choice.peak.by_category,
+            segments=tuple(
+                PlacedSegment(name=segment.name, recompute=recompute)
+                for segment, recompute in zip(placed.stage.segments, levels, strict=True)
+            ),
+            compute_seconds=placed.seconds,
+        )
+
+    def _alternative(self, placement: Placement) -> Alternative:
+        ranked = sorted(zip(self._positions(placement), placement.stages, strict=True), key=lambda one: one[0])
+        return Alternative(
+            strategy=placement.strategy,
+            cards=tuple(placed.card.name for _, placed in ranked),
+            shares=tuple(placed.share for _, placed in ranked),
+            stage_starts=tuple(column[0].stage.segments[0].name for column in placement.columns),
+            micro_batches=placement.pipeline.micro_batches,
+            schedule=placement.pipeline.schedule,
+            images_per_second=placement.images_per_second,
+            step_seconds=placement.step_seconds,
+            fullest_share=placement.fullness,
+        )
+
+
+def _most_capable(slots: Sequence[Slot], count: int) -> list[Slot]:
+    """So many of them, those with most memory and then speed, in the order of the list."""
+    by_size = sorted(
+        range(len(slots)), key=lambda number: (-slots[number].card.available_bytes, -slots[number].card.flops, number)
+    )
+    return [slots[number] for number in sorted(by_size[:count])]
+
+
+def _check(workload: Workload, cards: Sequence[Card], settings: Settings) -> None:
     if not cards:
         raise InputError("a plan needs at least one card; try cpu:8GiB")
-    if strategy == "split" and (reason := unsplittable(costs.norm, costs.precision)):
-        raise InputError(f"{reason}; take strategy single")
-    if strategy == "split" and len(cards) < 2:
-        raise InputError(f"a split needs at least two cards, got {cards[0].name}; name it twice if there are two of it")
-    if strategy != "single" and len(cards) > len(costs.segments) - 1:
+    strategy, costs = settings.strategy, workload.whole
+    if settings.nodes < 1 or len(cards) % settings.nodes:
         raise InputError(
-            f"a split needs a segment for each card, the loss not counted: {costs.model} has "
-            f"{len(costs.segments) - 1}, got {len(cards)} cards"
+            f"every machine must have the same number of cards, got {len(cards)} cards for {settings.nodes} machines"
         )
-    if strategy != "single" and num_orders(cards) > MOST_ORDERS:
+    if strategy is not None and strategy is not Strategy.SINGLE and len(cards) < 2:
         raise InputError(
-            f"a split tries at most {MOST_ORDERS} orders of the cards, these have {num_orders(cards)}; name fewer"
+            f"strategy {strategy} needs at least two cards, got {cards[0].name}; name it twice if there are two of it"
         )
+    if strategy is Strategy.REPLICATE_SPLIT and len(cards) < 4:
+        raise InputError(f"strategy {strategy} needs at least four cards, two for each replica, got {len(cards)}")
+    if strategy and strategy.splits and (reason := unsplittable(costs.precision)):
+        raise InputError(f"{reason}; take strategy single or replicate")
+    if strategy and strategy.replicates and workload.batch < 2:
+        raise InputError(f"strategy {strategy} shares out the batch, which must be at least 2, got {workload.batch}")
+    if strategy is Strategy.SPLIT and len(costs.segments) < 3:
+        raise InputError(f"a split needs two segments beside the loss, {costs.model} has {len(costs.segments) - 1}")
+    _check_pipeline(workload, settings)
+    _check_cut(workload, cards, settings)
 
 
-def _placements(placer: Placer, cards: Sequence[Card], strategy: str) -> list[Placement]:
-    """All that fit, the fastest first."""
-    placements: list[Placement | None] = []
-    if strategy != "split":
-        placements += [placer.single(card) for card in dict.fromkeys(cards)]
-    if strategy != "single" and len(cards) > 1 and not unsplittable(placer.costs.norm, placer.costs.precision):
-        placements.append(placer.split(cards))
-    return sorted((found for found in placements if found), key=lambda placement: placement.step_seconds)
+def _check_pipeline(workload: Workload, settings: Settings) -> None:
+    count, strategy = settings.micro_batches, settings.strategy
+    if (count or settings.schedule) and strategy and not strategy.splits:
+        raise InputError(f"micro-batches and schedules are of splits; strategy {strategy} has none")
+    if count and count > 1 and workload.norm is not NormMode.FROZEN:
+        raise InputError(
+            f"micro-batches need norm frozen, for {workload.norm} norms need the batch together; got {count} of them"
+        )
+    if settings.schedule and count == 1:
+        raise InputError(f"schedule {settings.schedule} needs several micro-batches, got 1")
+    if settings.schedule and workload.norm is not NormMode.FROZEN:
+        raise InputError(f"schedule {settings.schedule} is of micro-batches, which need norm frozen")
+    if count and workload.batch % count:
+        raise InputError(f"{workload.batch} images cannot be cut into {count} equal micro-batches")
 
 
-def _closest(placer: Placer, cards: Sequence[Card], strategy: str) -> Placement:
-    """Of all placements, the one with the smallest shortfall, or the most room."""
-    placements: list[Placement | None] = []
-    if strategy != "split":
-        placements += [placer.closest_single(card) for card in dict.fromkeys(cards)]
-    if strategy != "single" and len(cards) > 1 and not unsplittable(placer.costs.norm, placer.costs.precision):
-        placements.append(placer.closest_split(cards))
-    return min((p for p in placements if p), key=lambda placement: placement.worst_stage.shortfall_bytes)
+def _check_cut(workload: Workload, cards: Sequence[Card], settings: Settings) -> None:
+    names = [segment.name for segment in workload.whole.segments]
+    for name in settings.cut:
+        if name not in names:
+            raise UnknownNameError("segment", name, names)
+    positions = [names.index(name) for name in settings.cut]
+    if not settings.cut:
+        return
+    if settings.strategy and not settings.strategy.splits:
+        raise InputError(f"a cut is of a split; strategy {settings.strategy} has none")
+    if positions != sorted(set(positions)) or positions[0] == 0 or positions[-1] == len(names) - 1:
+        raise InputError(
+            "a cut names the first segment of the second card, of the third, ..., in the order of the model, and "
+            f"neither its first segment nor the loss, got {', '.join(settings.cut)}"
+        )
+    if len(positions) >= len(cards):
+        raise InputError(f"a cut at {', '.join(settings.cut)} needs {len(positions) + 1} cards, got {len(cards)}")
 
 
-def _plan(costs: ModelCosts, placements: Sequence[Placement]) -> Plan:
-    best, *others = placements
-    return Plan(
-        model=costs.model,
-        num_classes=costs.num_classes,
-        image=costs.image,
-        batch=costs.batch,
-        norm=costs.norm,
-        precision=costs.precision,
-        strategy=best.strategy,
-        step_seconds=best.step_seconds,
-        images_per_second=costs.batch / best.step_seconds,
-        cards=tuple(_card_plan(costs, placed) for placed in best.stages),
-        transfer_seconds=best.transfer_seconds,
-        alternatives=tuple(
-            Alternative(
-                strategy=other.strategy,
-                cards=tuple(placed.card.name for placed in other.stages),
-                images_per_second=costs.batch / other.step_seconds,
-                step_seconds=other.step_seconds,
-            )
-            for other in others
-        ),
-    )
-
-
-def _card_plan(costs: ModelCosts, placed: PlacedStage) -> CardPlan:
-    levels = placed.stage.recompute_of(placed.choice.levels)
-    return CardPlan(
-        card=placed.card.name,
-        capacity_bytes=placed.card.capacity_bytes,
-        reserve_bytes=placed.card.reserve_bytes,
-        predicted_peak_bytes=placed.choice.peak.size,
-        peak_moment=str(placed.choice.peak.moment),
-        batch_share=costs.batch,
-        by_category=placed.choice.peak.by_category,
-        segments=tuple(
-            PlacedSegment(name=segment.name, recompute=recompute)
-            for segment, recompute in zip(placed.stage.segments, levels, strict=True)
-        ),
-        compute_seconds=placed.seconds,
-    )
+def _wanted(settings: Settings) -> str:
+    words = [settings.strategy.value] if settings.strategy else ["a plan"]
+    words += [f"cut at {', '.join(settings.cut)}"] if settings.cut else []
+    words += [f"{settings.micro_batches} micro-batches"] if settings.micro_batches else []
+    words += [settings.schedule.value] if settings.schedule else []
+    return " with ".join([words[0], ", ".join(words[1:])] if words[1:] else words)

@@ -1,69 +1,187 @@
-"""Who runs what: `single`, one card runs everything, or `split`, consecutive segments on every card of the list.
+"""Who runs what: placements of a model's segments, and of shares of the batch, on cards.
 
-    single      [ stem .. loss ] on one card
-    split       [ stem .. block2 ] on one, [ skip2 .. loss ] on the next: the paper's
+    single           [ stem .. loss ] on one card
+    split            [ stem .. block2 ] on one, [ skip2 .. loss ] on the next: the paper's
+    replicate        [ stem .. loss ] on each, with a share of the batch
+    replicate-split  several splits with the same stages, each with a share of the batch
 
-In a split the whole batch passes from stage to stage (batch statistics need it together), so the stages run one after
-the other: a step takes the sum of their times and of the transfers. The cards may come in any order.
+All four are one thing: a row of columns. A column is what runs one stage: a card, or one card per replica.
 
-For k cards and n segments there are about n^(k-1) splits, each stage of which is a mixed-integer program of its own.
-The best one is a shortest path over (position, cards left), if only the length of each edge, the stage's time, were
-known. So begin with a lower bound for each, find the shortest path, solve its stages exactly, and look again, until
-all stages on the shortest path are exact. Few programs are ever solved, and the answer is the true optimum. When
-nothing fits, the same search with "sum of seconds" replaced by "worst shortfall" finds the split that came closest.
+    replica 0    gtx1070: stem .. block2  ->  titanx: skip2 .. loss
+    replica 1    gtx1070: stem .. block2  ->  titanx: skip2 .. loss
+
+`memseg.planning.placer` finds where to cut and in which order the columns come. Here are the values.
+
+Time of a step. With batch statistics the whole share passes from stage to stage, so stages take turns: a pass takes
+the sum of their times and of the transfers. With frozen norms the share can be cut into micro-batches, which follow
+each other: the sum for one, and the slowest part once more for each other one. Replicas wait for each other, and reduce
+their gradients around a ring once a step. The optimizer's arithmetic and reading of data are left out.
 """
 
 import itertools
 import math
-import operator
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal
+from enum import StrEnum
 
+from memseg.levels import Schedule, Strategy
 from memseg.planning.cards import Card
-from memseg.planning.costs import ModelCosts
-from memseg.planning.memory import Stage
-from memseg.planning.solver import StageChoice, StageSolver
+from memseg.planning.costs import SegmentCost
+from memseg.planning.memory import Flow, Stage
+from memseg.planning.solver import StageChoice
 
-Strategy = Literal["single", "split"]
+NETWORK_BYTES_PER_SECOND = 1.25e9
+"""Between machines, unless it is given: an assumption, 10 Gbit/s Ethernet."""
 
-MOST_ORDERS = 24
-"""Different orders of the cards that a split compares (four different cards); more would take minutes to plan."""
+
+class Aim(StrEnum):
+    """What makes one placement better than another."""
+
+    SPEED = "speed"
+    """More images per second, of what fits."""
+    MEMORY = "memory"
+    """The fullest card less full, of what fits."""
+    CLOSEST = "closest"
+    """Fewer bytes missing on the card with the largest shortfall, fit or not."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for a process."""
+
+    card: Card
+    node: int = 0
+    """The machine that the card is in."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One card of a column: one replica's part."""
+
+    slot: Slot
+    share: int
+    """Images of each pass."""
+
+
+Column = tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How a share passes through the stages of a split."""
+
+    micro_batches: int = 1
+    schedule: Schedule | None = None
+    """None with a single micro-batch."""
+
+    def flow(self, after: int, *, keeps_gradients: bool) -> Flow:
+        """Through a stage that `after` others follow."""
+        waits = self.schedule is Schedule.ONE_F_ONE_B
+        in_flight = min(self.micro_batches, after + 1) if waits else self.micro_batches
+        return Flow(self.micro_batches, in_flight, keeps_gradients)
 
 
 @dataclass(frozen=True)
 class PlacedStage:
     """A stage on its card."""
 
-    card: Card
+    slot: Slot
+    replica: int
+    number: int
+    """Of the stage, from 0."""
+    share: int
+    """Images of each pass."""
     stage: Stage
     choice: StageChoice
 
     @property
+    def card(self) -> Card:
+        """That runs it."""
+        return self.slot.card
+
+    @property
     def seconds(self) -> float:
-        """Of computing, transfers left out."""
-        return self.card.seconds(self.stage.work_of(self.choice.levels))
+        """Of computing a pass, transfers left out."""
+        return self.stage.flow.micro_batches * self.card.seconds(self.stage.work_of(self.choice.levels))
+
+    @property
+    def needed_bytes(self) -> int:
+        """The peak, and what the process takes beside the allocator."""
+        return self.choice.peak.size + self.outside_bytes
+
+    @property
+    def outside_bytes(self) -> int:
+        """What the process takes beside the allocator."""
+        return self.stage.outside_bytes(self.card.kind)
 
     @property
     def shortfall_bytes(self) -> int:
-        """By how much the peak exceeds what the card has available; below zero where it fits."""
-        return self.choice.peak.size - self.card.available_bytes
+        """By how much that exceeds what the card has available; below zero where it fits."""
+        return self.needed_bytes - self.card.available_bytes
+
+    @property
+    def fullness(self) -> float:
+        """What is needed over what is available."""
+        return self.needed_bytes / self.card.available_bytes
 
 
 @dataclass(frozen=True)
 class Placement:
-    """All segments on cards, in the order of the step."""
+    """All segments and all images on cards."""
 
     strategy: Strategy
     stages: tuple[PlacedStage, ...]
-    transfer_seconds: float
+    """By replica, then in the order of the step."""
+    pipeline: Pipeline
+    accumulation: int
+    """Passes in each step."""
+    network: float
+    """Bytes per second between machines."""
+
+    @property
+    def columns(self) -> list[tuple[PlacedStage, ...]]:
+        """What runs each stage, one of each replica."""
+        stages = max(placed.number for placed in self.stages) + 1
+        return [self.stages[number::stages] for number in range(stages)]
+
+    @property
+    def images(self) -> int:
+        """Of a step."""
+        return self.accumulation * sum(placed.share for placed in self.columns[0])
 
     @property
     def step_seconds(self) -> float:
-        """One step: stages and transfers one after the other; the optimizer's arithmetic is left out."""
-        return sum(stage.seconds for stage in self.stages) + self.transfer_seconds
+        """Predicted."""
+        count = self.pipeline.micro_batches
+        parts = [max(placed.seconds for placed in column) / count for column in self.columns] + self._crossings
+        one_pass = sum(parts) + (count - 1) * max(parts)
+        return self.accumulation * one_pass + self._reduce_seconds
+
+    @property
+    def transfer_seconds(self) -> float:
+        """Of all transfers of a step, whether or not something is computed meanwhile."""
+        return self.accumulation * self.pipeline.micro_batches * sum(self._crossings) + self._reduce_seconds
+
+    @property
+    def _crossings(self) -> list[float]:
+        """Of one micro-batch between each stage and the next, there and back."""
+        return [
+            max(
+                crossing_bytes(b.stage.entering) / link(a.slot, b.slot, self.network)
+                for a, b in zip(one, other, strict=True)
+            )
+            for one, other in itertools.pairwise(self.columns)
+        ]
+
+    @property
+    def _reduce_seconds(self) -> float:
+        """Each gradient crosses every link of its column's ring twice, less one part."""
+        return max(ring_seconds(column, self.network) for column in self.columns)
+
+    @property
+    def images_per_second(self) -> float:
+        """The same by step."""
+        return self.images / self.step_seconds if self.step_seconds else math.inf
 
     @property
     def fits(self) -> bool:
@@ -75,171 +193,42 @@ class Placement:
         """The one with the least room, or the largest shortfall."""
         return max(self.stages, key=lambda placed: placed.shortfall_bytes)
 
+    @property
+    def fullness(self) -> float:
+        """Of the fullest card."""
+        return max(placed.fullness for placed in self.stages)
 
-def num_orders(cards: Sequence[Card]) -> int:
-    """In how many ways the cards can be ordered, equal ones not told apart."""
-    orders = math.factorial(len(cards))
-    for count in Counter(cards).values():
-        orders //= math.factorial(count)
-    return orders
+    def measure(self, aim: Aim) -> float:
+        """What the aim counts; lower is better."""
+        match aim:
+            case Aim.SPEED:
+                return self.step_seconds
+            case Aim.MEMORY:
+                return self.fullness
+            case Aim.CLOSEST:
+                return self.worst_stage.shortfall_bytes
 
-
-class Placer:
-    """Places one model's segments on cards; remembers every stage it has solved."""
-
-    def __init__(self, costs: ModelCosts) -> None:
-        self.costs = costs
-        self._num_segments = len(costs.segments)
-        self._solver = cache(self._new_solver)
-        self._fastest = cache(self._fastest_choice)
-
-    def single(self, card: Card) -> Placement | None:
-        """The whole model on `card`, or None if it does not fit."""
-        choice = self._fastest(0, self._num_segments - 1, card)
-        return self._placement("single", [(card, 0, self._num_segments - 1)], [choice]) if choice else None
-
-    def split(self, cards: Sequence[Card]) -> Placement | None:
-        """The fastest split over all of `cards`, or None if none fits."""
-        path = _shortest_path(
-            self._num_segments, cards, bound=self._fastest_seconds, exact=self._stage_seconds,
-            between=self._transfer_seconds, join=operator.add,
-        )  # fmt: skip
-        if path is None:
-            return None
-        choices = [self._fastest(first, last, card) for card, first, last in path]
-        return self._placement("split", path, [choice for choice in choices if choice])
-
-    def closest_single(self, card: Card) -> Placement:
-        """The whole model on `card` with the lowest peak, fit or not."""
-        last = self._num_segments - 1
-        return self._placement("single", [(card, 0, last)], [self._solver(0, last).smallest])
-
-    def closest_split(self, cards: Sequence[Card]) -> Placement | None:
-        """The split over `cards` with the smallest shortfall, fit or not; None with too few segments for the cards."""
-        path = _shortest_path(
-            self._num_segments, cards, bound=self._least_shortfall, exact=self._stage_shortfall,
-            between=lambda cut, before, after: -math.inf, join=max,
-        )  # fmt: skip
-        if path is None:
-            return None
-        return self._placement("split", path, [self._solver(first, last).smallest for _, first, last in path])
-
-    def _placement(
-        self, strategy: Strategy, path: Sequence[tuple[Card, int, int]], choices: Sequence[StageChoice]
-    ) -> Placement:
-        stages = tuple(
-            PlacedStage(card, self._solver(first, last).stage, choice)
-            for (card, first, last), choice in zip(path, choices, strict=True)
-        )
-        transfers = [
-            self._transfer_seconds(after.stage.first, before.card, after.card)
-            for before, after in itertools.pairwise(stages)
-        ]
-        return Placement(strategy, stages, sum(transfers))
-
-    def _new_solver(self, first: int, last: int) -> StageSolver:
-        return StageSolver(Stage(self.costs, first, last))
-
-    def _fastest_choice(self, first: int, last: int, card: Card) -> StageChoice | None:
-        return self._solver(first, last).fastest(card)
-
-    def _is_bare_loss(self, first: int, last: int) -> bool:
-        """Is the stage nothing but the loss? That is not a stage: the loss is taken where the last logits are made."""
-        return first == last == self._num_segments - 1
-
-    def _fastest_seconds(self, first: int, last: int, card: Card) -> float:
-        if self._is_bare_loss(first, last):
-            return math.inf
-        stages = self.costs.segments[first : last + 1]
-        return sum(min(card.seconds(level.work) for level in segment.levels) for segment in stages)
-
-    def _stage_seconds(self, first: int, last: int, card: Card) -> float:
-        choice = self._fastest(first, last, card)
-        return PlacedStage(card, self._solver(first, last).stage, choice).seconds if choice else math.inf
-
-    def _least_shortfall(self, first: int, last: int, card: Card) -> float:
-        if self._is_bare_loss(first, last):
-            return math.inf
-        return self._solver(first, last).least_bytes - card.available_bytes
-
-    def _stage_shortfall(self, first: int, last: int, card: Card) -> float:
-        return self._solver(first, last).smallest.peak.size - card.available_bytes
-
-    def _transfer_seconds(self, cut: int, before: Card, after: Card) -> float:
-        """Forward and back between the stage that ends before segment `cut` and the one that starts with it."""
-        tensors = self._solver(cut, cut).stage.entering
-        size = sum(maker.output_bytes * (2 if maker.output_needs_grad else 1) for maker in tensors)
-        return size / min(before.link, after.link)
+    def rank(self, aim: Aim) -> tuple[float, float]:
+        """The same, and what decides between equals."""
+        return (self.measure(aim), self.fullness if aim is Aim.SPEED else self.step_seconds)
 
 
-def _shortest_path(
-    num_segments: int,
-    cards: Sequence[Card],
-    *,
-    bound: Callable[[int, int, Card], float],
-    exact: Callable[[int, int, Card], float],
-    between: Callable[[int, Card, Card], float],
-    join: Callable[[float, float], float],
-) -> list[tuple[Card, int, int]] | None:
-    """The best way to cut the segments into one stage per card: (card, first, last) of each stage.
-
-    Args:
-        num_segments: In the model.
-        cards: All of them are used, in any order.
-        bound: Never more than `exact`, and cheap.
-        exact: The length of a stage (first, last, card); infinite where it is impossible.
-        between: The length of the step from one stage to the next (first segment of the next, card, next card).
-        join: Adds lengths up: `operator.add` or `max`.
-
-    Returns:
-        The path, or None if every one is infinitely long.
-    """
-    bound = cache(bound)
-    solved: dict[tuple[int, int, Card], float] = {}
-
-    def length(first: int, last: int, card: Card) -> float:
-        known = solved.get((first, last, card))
-        return bound(first, last, card) if known is None else known
-
-    while True:
-        total, path = _cut(num_segments, tuple(sorted(cards, key=lambda card: card.name)), length, between, join)
-        if total == math.inf:
-            return None
-        unsolved = [(first, last, card) for card, first, last in path if (first, last, card) not in solved]
-        if not unsolved:
-            return path
-        for stage in unsolved:
-            solved[stage] = exact(*stage)
+def link(one: Slot, other: Slot, network: float) -> float:
+    """Bytes per second between two places."""
+    slower = min(one.card.link, other.card.link)
+    return slower if one.node == other.node else min(slower, network)
 
 
-def _cut(
-    num_segments: int,
-    cards: tuple[Card, ...],
-    length: Callable[[int, int, Card], float],
-    between: Callable[[int, Card, Card], float],
-    join: Callable[[float, float], float],
-) -> tuple[float, list[tuple[Card, int, int]]]:
-    """One pass of the search, with the lengths as they are: the total and its path."""
+def crossing_bytes(tensors: Iterable[SegmentCost]) -> int:
+    """Of these segments' outputs there, and of their gradients back."""
+    return sum(maker.output_bytes * (2 if maker.output_needs_grad else 1) for maker in tensors)
 
-    @cache
-    def best(position: int, left: tuple[Card, ...], before: Card | None) -> tuple[float, list[tuple[Card, int, int]]]:
-        shortest: tuple[float, list[tuple[Card, int, int]]] = (math.inf, [])
-        for number, card in enumerate(left):
-            if card in left[:number]:
-                continue
-            others = left[:number] + left[number + 1 :]
-            arrival = between(position, before, card) if before else -math.inf
-            for last in range(position, num_segments - len(others)):
-                if not others and last != num_segments - 1:
-                    continue
-                here = length(position, last, card)
-                here = join(arrival, here) if before else here
-                if here >= shortest[0]:
-                    continue
-                rest, path = best(last + 1, others, card) if others else (None, [])
-                total = here if rest is None else join(here, rest)
-                if total < shortest[0]:
-                    shortest = (total, [(card, position, last), *path])
-        return shortest
 
-    return best(0, cards, None)
+def ring_seconds(column: Sequence[PlacedStage], network: float) -> float:
+    """To reduce a stage's gradients over its replicas."""
+    if len(column) == 1:
+        return 0.0
+    ring = zip(column, [*column[1:], column[0]], strict=True)
+    slowest = min(link(one.slot, other.slot, network) for one, other in ring)
+    gradients = sum(segment.gradient_bytes for segment in column[0].stage.segments)
+    return 2 * (len(column) - 1) / len(column) * gradients / slowest

@@ -1,14 +1,18 @@
-"""`memseg cards --calibrate` as its users run it: real processes, a short measurement."""
+"""`memseg cards` as its users run it: real processes, a short measurement, a machine without NVIDIA's driver."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from memseg.planning import load_card
+from memseg.cli.main import main
+from memseg.planning import load_card, parse_cards
+from memseg.units import GIB
 
 
 def memseg(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -62,3 +66,46 @@ def test_what_cannot_be_calibrated_is_refused_at_once(arguments: list[str], told
     assert told in done.stderr
     assert done.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+def has_nvml() -> bool:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return False
+    pynvml.nvmlShutdown()
+    return True
+
+
+@pytest.mark.skipif(has_nvml(), reason="this machine has an NVIDIA driver")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("cards", "here"),
+        ("cards", "here:0", "--json"),
+        ("plan", "ladder-densenet-mini", "--image", "128x256", "--batch", "1", "--cards", "gtx1070,here"),
+    ],
+)
+def test_where_nvml_is_not_there_an_error_says_what_was_looked_for_and_what_would_mend_it(
+    arguments: tuple[str, ...], tmp_path: Path
+):
+    done = memseg(*arguments, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "known to NVML (libnvidia-ml, a part of NVIDIA's driver), which answers: " in done.stderr
+    assert "as in --cards gtx1070; memseg cards lists them" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_cards_of_this_machine_are_listed_with_what_others_use(monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    (profile,) = parse_cards("rtx3090")
+    busy = replace(profile, name="here:0", reserve_bytes=profile.reserve_bytes + 2 * GIB, used_bytes=2 * GIB)
+    monkeypatch.setattr("memseg.planning.cards.local_cards", lambda: (busy,))
+    assert main(["cards", "here"]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert "in use" in header
+    assert row.split()[:9] == ["here:0", "23.56", "GiB", "2.75", "GiB", "2.00", "GiB", "20.81", "GiB"]
+    assert main(["cards", "here", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)["cards"]
+    assert (told["name"], told["used_bytes"], told["reserve_bytes"]) == ("here:0", 2 * GIB, busy.reserve_bytes)

@@ -1,0 +1,243 @@
+"""Finds the best placement of one kind: where to cut, in which order the columns come, which level each segment gets.
+
+How long a stage is, is the slowest of its column, each card with the fastest recompute levels that fit it: a
+mixed-integer program. `memseg.planning.path` asks for better and better answers only where it must know:
+
+    1  the fastest level of each segment, whether or not it fits       (a sum)
+    2  exact if that fits; impossible if a lower bound of the peak does not; else the program with fractions of levels
+    3  exact: the program
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memseg.levels import Schedule, Strategy
+from memseg.planning.costs import ModelCosts
+from memseg.planning.memory import Flow, Stage
+from memseg.planning.path import Leg, Lengths, Matrix, PathProblem, best_path
+from memseg.planning.solver import StageSolver
+from memseg.planning.strategies import (
+    NETWORK_BYTES_PER_SECOND,
+    Aim,
+    Column,
+    Member,
+    Pipeline,
+    PlacedStage,
+    Placement,
+    Slot,
+    crossing_bytes,
+    link,
+)
+from memseg.planning.workload import Workload
+
+
+class Placer:
+    """Places one workload; remembers every stage it has solved.
+
+    Args:
+        workload: What is to be trained.
+        network: Bytes per second between machines.
+        starts: Positions of the first segment of each stage of a split but the first, where the user decides that.
+    """
+
+    def __init__(
+        self, workload: Workload, *, network: float = NETWORK_BYTES_PER_SECOND, starts: Sequence[int] = ()
+    ) -> None:
+        self.workload, self.network, self.starts = workload, network, tuple(starts)
+        self.num_segments = len(workload.whole.segments)
+        self.solver = cache(self._new_solver)
+
+    def single(self, slot: Slot, aim: Aim) -> Placement | None:
+        """Everything on one card."""
+        return self._place(Strategy.SINGLE, [(Member(slot, self.workload.batch),)], Pipeline(), aim)
+
+    def split(
+        self, slots: Sequence[Slot], pipeline: Pipeline, aim: Aim, *, fewest: int = 2, limit: float = math.inf
+    ) -> Placement | None:
+        """Segments over at least so many cards, the best choice of them in the best order.
+
+        None also where there is none better than `limit`: seconds of a step, or what else the aim counts.
+        """
+        columns = [(Member(slot, self.workload.batch),) for slot in slots]
+        return self._place(Strategy.SPLIT, columns, pipeline, aim, fewest=fewest, limit=limit)
+
+    def replicate(self, members: Sequence[Member], aim: Aim) -> Placement | None:
+        """The whole model on each card."""
+        return self._place(Strategy.REPLICATE, [tuple(members)], Pipeline(), aim)
+
+    def replicate_split(
+        self, columns: Sequence[Column], pipeline: Pipeline, aim: Aim, *, limit: float = math.inf
+    ) -> Placement | None:
+        """A stage on each column, in the best order; None also where there is none better than `limit`."""
+        return self._place(Strategy.REPLICATE_SPLIT, columns, pipeline, aim, fewest=len(columns), limit=limit)
+
+    def whole_model(self, slot: Slot, share: int, aim: Aim) -> float:
+        """How long, full or short a card is with a replica of the whole model."""
+        attempt = _Attempt(self, Strategy.REPLICATE, Pipeline(), aim)
+        if attempt.costs(share) is None:
+            return math.inf
+        exact, length = False, 0.0
+        while not exact:
+            length, exact = attempt.refine((Member(slot, share),), 0, self.num_segments - 1, 0)
+        return length
+
+    def _place(
+        self,
+        strategy: Strategy,
+        columns: Sequence[Column],
+        pipeline: Pipeline,
+        aim: Aim,
+        *,
+        fewest: int = 1,
+        limit: float = math.inf,
+    ) -> Placement | None:
+        attempt = _Attempt(self, strategy, pipeline, aim)
+        most = min(len(columns), pipeline.micro_batches if pipeline.schedule is Schedule.ONE_F_ONE_B else len(columns))
+        if strategy.splits and self.starts:
+            fewest, most = max(fewest, len(self.starts) + 1), min(most, len(self.starts) + 1)
+        shares = {member.share for column in columns for member in column}
+        if fewest > most or any(attempt.costs(share) is None for share in shares):
+            return None
+        legs = best_path(
+            PathProblem(
+                self.num_segments,
+                tuple(columns),
+                attempt,
+                attempt.between,
+                fewest,
+                most,
+                worst=aim is not Aim.SPEED,
+                repeats=pipeline.micro_batches - 1 if aim is Aim.SPEED else 0,
+                limit=limit / self.workload.accumulation if aim is Aim.SPEED else limit,
+            )
+        )
+        return attempt.placement(legs) if legs else None
+
+    def _new_solver(self, images: int, replicated: bool, first: int, last: int, flow: Flow) -> StageSolver:
+        costs = self.workload.part(images, replicated=replicated)
+        assert costs is not None
+        return StageSolver(Stage(costs, first, last, flow))
+
+
+class _Attempt(Lengths[Column]):
+    """One kind of placement, to one end: how long its stages are, and what a path of them is."""
+
+    def __init__(self, placer: Placer, strategy: Strategy, pipeline: Pipeline, aim: Aim) -> None:
+        self._placer, self._strategy, self._pipeline, self._aim = placer, strategy, pipeline, aim
+        self._relaxed: set[tuple[Member, int, int, Flow]] = set()
+        self._crossing = cache(self._crossing_bytes)
+
+    def costs(self, share: int) -> ModelCosts | None:
+        """Of one micro-batch of a share; None where the share cannot be cut so."""
+        images, rest = divmod(share, self._pipeline.micro_batches)
+        return None if rest else self._placer.workload.part(images, replicated=self._strategy.replicates)
+
+    def bounds(self, machine: Column, after: int) -> Matrix:
+        """Of every stage that the column may run."""
+        tables = [self._member_bounds(member, after) for member in machine]
+        table: Matrix = np.maximum.reduce(tables)
+        size = self._placer.num_segments
+        first, end = np.indices(table.shape)
+        # The loss is taken where the last logits are made; no stage is nothing but the loss.
+        allowed = (first < end) & ~((first == size - 1) & (size > 1))
+        if self._strategy.splits and self._placer.starts:
+            allowed &= np.isin(first, (0, *self._placer.starts)) & np.isin(end, (*self._placer.starts, size))
+        return np.where(allowed, table, math.inf)
+
+    def refine(self, machine: Column, first: int, last: int, after: int) -> tuple[float, bool]:
+        """The longest of the column; exact when all are."""
+        answers = [self._refine_member(member, first, last, after) for member in machine]
+        return max(length for length, _ in answers), all(exact for _, exact in answers)
+
+    def between(self, one: Column, other: Column) -> NDArray[np.float64]:
+        """[cut] -> seconds there and back of one micro-batch; no part of what is not counted in seconds."""
+        size = self._placer.num_segments
+        if self._aim is not Aim.SPEED:
+            return np.full(size + 1, -math.inf)
+        seconds = [
+            self._crossing(b.share) / link(a.slot, b.slot, self._placer.network)
+            for a, b in zip(one, other, strict=True)
+        ]
+        slowest: NDArray[np.float64] = np.maximum.reduce(seconds)
+        return slowest
+
+    def placement(self, legs: Sequence[Leg[Column]]) -> Placement:
+        """What the path stands for."""
+        fullness = 1.0
+        if self._aim is Aim.MEMORY:
+            # What fills no card more than the fullest need not be rebuilt.
+            fullness = max(placed.fullness for placed in self._stages(legs, 0.0))
+        stages = self._stages(legs, fullness)
+        workload = self._placer.workload
+        return Placement(self._strategy, tuple(stages), self._pipeline, workload.accumulation, self._placer.network)
+
+    def _stages(self, legs: Sequence[Leg[Column]], fullness: float) -> list[PlacedStage]:
+        """Each with the fastest levels that leave its card no fuller than that, or else with the smallest."""
+        stages = []
+        for replica in range(len(legs[0].machine)):
+            for number, leg in enumerate(legs):
+                member = leg.machine[replica]
+                card = member.slot.card
+                solver = self._solver(member, leg.first, leg.last, leg.after)
+                room = math.floor(fullness * card.available_bytes) - solver.stage.outside_bytes(card.kind)
+                choice = solver.fastest(card, room) or solver.smallest
+                stages.append(PlacedStage(member.slot, replica, number, member.share, solver.stage, choice))
+        return stages
+
+    def _solver(self, member: Member, first: int, last: int, after: int) -> StageSolver:
+        keeps = self._strategy.replicates or self._placer.workload.accumulation > 1
+        flow = self._pipeline.flow(after, keeps_gradients=keeps)
+        images = member.share // self._pipeline.micro_batches
+        return self._placer.solver(images, self._strategy.replicates, first, last, flow)
+
+    def _member_bounds(self, member: Member, after: int) -> Matrix:
+        size = self._placer.num_segments
+        if self._aim is Aim.SPEED:
+            costs = self.costs(member.share)
+            assert costs is not None
+            seconds = [min(levels) for levels in costs.level_seconds(member.slot.card)]
+            until = np.concatenate([[0.0], np.cumsum(seconds)])
+            table: Matrix = until[None, :] - until[:, None]
+            return table
+        table = np.full((size + 1, size + 1), math.inf)
+        for first in range(size):
+            for last in range(first, size):
+                solver = self._solver(member, first, last, after)
+                table[first, last + 1] = self._over(solver, solver.least_bytes, member)
+        return table
+
+    def _refine_member(self, member: Member, first: int, last: int, after: int) -> tuple[float, bool]:
+        solver = self._solver(member, first, last, after)
+        if self._aim is not Aim.SPEED:
+            return self._over(solver, solver.smallest.peak.size, member), True
+        card = member.slot.card
+        room = card.available_bytes - solver.stage.outside_bytes(card.kind)
+        unhurried = solver.unhurried(card)
+        if unhurried.peak.size <= room:
+            return solver.seconds(card, unhurried), True
+        if solver.least_bytes > room:
+            return math.inf, True
+        key = (member, first, last, solver.stage.flow)
+        if key not in self._relaxed:
+            self._relaxed.add(key)
+            bound = solver.bound(card, room)
+            return bound, bound == math.inf
+        choice = solver.fastest(card, room)
+        return (solver.seconds(card, choice), True) if choice else (math.inf, True)
+
+    def _over(self, solver: StageSolver, peak: int, member: Member) -> float:
+        """Bytes that are missing, or how full the card gets."""
+        card = member.slot.card
+        needed = peak + solver.stage.outside_bytes(card.kind)
+        return needed - card.available_bytes if self._aim is Aim.CLOSEST else needed / card.available_bytes
+
+    def _crossing_bytes(self, share: int) -> NDArray[np.float64]:
+        costs = self.costs(share)
+        assert costs is not None
+        size = len(costs.segments)
+        stages = [Stage(costs, cut, cut) for cut in range(size)]
+        return np.array([*(float(crossing_bytes(stage.entering)) for stage in stages), math.inf])

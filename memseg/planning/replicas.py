@@ -1,0 +1,130 @@
+"""How the batch is shared out, and among which cards.
+
+**Whole replicas.** A step waits for the slowest replica, so the best shares make the slowest as fast as can be. A card
+never gets faster with one image more. So begin with any shares, and move one image at a time from the slowest card to
+the one that is fastest with it, as long as that helps. No better shares exist when it no longer does: in better ones
+the slowest card would have fewer images, some other card more of them, and moving one there would have helped. A card
+whose share ends at 0 is not used.
+
+**Replicas of splits.** Cards form a grid: a row per replica, a column per stage. Few grids are tried whole: all of them
+where there are at most MOST_GRIDS, else the three that an engineer would draw: alike cards in a column, alike cards in
+a row, and a machine in a row.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from memseg.planning.strategies import Column, Member, Slot
+
+MOST_GRIDS = 60
+MOST_SHARES = 6
+"""Ways to share out a batch that are tried with each grid; the most even ones."""
+
+
+def best_shares(
+    slots: Sequence[Slot], batch: int, length: Callable[[Slot, int], float], *, fewest: int = 0
+) -> list[Member] | None:
+    """The shares whose longest is shortest.
+
+    Args:
+        slots: Places that may get a share.
+        batch: Images to share out.
+        length: Of a slot with a share of at least 1; never less for a larger one.
+        fewest: Images that each slot gets at least.
+
+    Returns:
+        Those that get images, or None if there are fewer than two of them, or one cannot take its share.
+    """
+    if batch < fewest * len(slots):
+        return None
+
+    def of(number: int, share: int) -> float:
+        return length(slots[number], share) if share else 0.0
+
+    shares = _proportional([1 / max(of(number, 1), 1e-300) for number in range(len(slots))], batch, fewest)
+    while True:
+        lengths = [of(number, share) for number, share in enumerate(shares)]
+        givers = [number for number, share in enumerate(shares) if share > fewest]
+        giver = max(givers, key=lambda number: lengths[number], default=None)
+        if giver is None or lengths[giver] < max(lengths):
+            break
+        longer = {number: of(number, shares[number] + 1) for number in range(len(slots)) if number != giver}
+        taker = min(longer, key=lambda number: longer[number])
+        if longer[taker] >= lengths[giver]:
+            break
+        shares[giver] -= 1
+        shares[taker] += 1
+    members = [Member(slot, share) for slot, share in zip(slots, shares, strict=True) if share]
+    return members if len(members) > 1 and max(lengths) < math.inf else None
+
+
+def _proportional(rates: Sequence[float], batch: int, fewest: int) -> list[int]:
+    """Shares near the rates, at least `fewest` each."""
+    total = sum(rates) or 1.0
+    shares = [fewest + math.floor((batch - fewest * len(rates)) * rate / total) for rate in rates]
+    by_rate = sorted(range(len(rates)), key=lambda number: -rates[number])
+    for number in itertools.islice(itertools.cycle(by_rate), batch - sum(shares)):
+        shares[number] += 1
+    return shares
+
+
+def grids(slots: Sequence[Slot], replicas: int, stages: int) -> Iterator[tuple[tuple[Slot, ...], ...]]:
+    """Ways to lay slots out, a row per replica; neither the order of rows nor that of columns tells two apart.
+
+    All of them, or where they are more than MOST_GRIDS the three that the module names.
+    """
+    if _num_grids(len(slots), replicas, stages) <= MOST_GRIDS or len(set(slots)) == 1:
+        yield from dict.fromkeys(_normal(rows) for rows in _all_grids(tuple(slots), replicas, stages))
+        return
+    alike = sorted(slots, key=lambda slot: (slot.card.available_bytes, slot.card.flops, slot.card.name, slot.node))
+    columns = [alike[number * replicas : (number + 1) * replicas] for number in range(stages)]
+    by_node = sorted(alike, key=lambda slot: slot.node)
+    drawn = [
+        tuple(zip(*columns, strict=True)),
+        *(tuple(tuple(row[n * stages : (n + 1) * stages]) for n in range(replicas)) for row in (alike, by_node)),
+    ]
+    yield from dict.fromkeys(map(_normal, drawn))
+
+
+def _num_grids(cards: int, replicas: int, stages: int) -> int:
+    return math.factorial(cards) // (math.factorial(replicas) * math.factorial(stages))
+
+
+def _all_grids(slots: tuple[Slot, ...], replicas: int, stages: int) -> Iterator[tuple[tuple[Slot, ...], ...]]:
+    if len(set(slots)) == 1:
+        yield (slots[:stages],) * replicas
+        return
+    for order in set(itertools.permutations(slots)):
+        yield tuple(order[start : start + stages] for start in range(0, len(order), stages))
+
+
+def _normal(rows: tuple[tuple[Slot, ...], ...]) -> tuple[tuple[Slot, ...], ...]:
+    """One of all the grids that differ in the order of rows and columns only."""
+
+    def key(slots: Sequence[Slot]) -> list[tuple[int, int, str]]:
+        return [(slot.node, slot.card.available_bytes, slot.card.name) for slot in slots]
+
+    variants = (
+        tuple(sorted((tuple(row[column] for column in order) for row in rows), key=key))
+        for order in itertools.permutations(range(len(rows[0])))
+    )
+    return min(variants, key=lambda grid: [key(row) for row in grid])
+
+
+def share_vectors(batch: int, replicas: int, multiple: int) -> list[tuple[int, ...]]:
+    """Ways to share `batch` images out among rows, each a multiple: the most even ones, and all their orders."""
+    parts = batch // multiple
+    if parts * multiple != batch:
+        return []
+    even = parts // replicas
+    spread = range(1, parts + 1) if parts**replicas <= 2000 else range(max(1, even - 2), even + 3)
+    ways = [shares for shares in itertools.product(spread, repeat=replicas) if sum(shares) == parts]
+    ways.sort(key=lambda shares: (max(shares) - min(shares), shares))
+    return [tuple(share * multiple for share in shares) for shares in ways[:MOST_SHARES]]
+
+
+def columns_of(rows: Sequence[Sequence[Slot]], shares: Sequence[int]) -> list[Column]:
+    """The columns of a grid whose rows get these shares."""
+    members = [[Member(slot, share) for slot in row] for row, share in zip(rows, shares, strict=True)]
+    return [tuple(column) for column in zip(*members, strict=True)]
