@@ -90,6 +90,8 @@ class LevelCost:
     forward: Work
     backward: Work
     """Includes what is rebuilt."""
+    compiled_kernels: int = 0
+    """That a CPU compiles for its convolutions; memory that no allocator counts."""
 
     @property
     def work(self) -> Work:

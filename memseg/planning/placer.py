@@ -167,11 +167,10 @@ class _Attempt(Lengths[Column]):
 
     def placement(self, legs: Sequence[Leg[Column]]) -> Placement:
         """What the path stands for."""
-        fullness = 1.0
+        stages = self._stages(legs, 1.0 if self._aim is Aim.SPEED else 0.0)
         if self._aim is Aim.MEMORY:
             # What fills no card more than the fullest need not be rebuilt.
-            fullness = max(placed.fullness for placed in self._stages(legs, 0.0))
-        stages = self._stages(legs, fullness)
+            stages = self._stages(legs, max(placed.fullness for placed in stages))
         workload = self._placer.workload
         return Placement(self._strategy, tuple(stages), self._pipeline, workload.accumulation, self._placer.network)
 

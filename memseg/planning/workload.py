@@ -6,7 +6,7 @@ placement needs them, for each takes a profile.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from memseg.errors import InputError
@@ -27,7 +27,10 @@ class Workload:
     accumulation: int = 1
     """Passes in each step."""
     levels: Collection[Recompute] = tuple(Recompute)
-    """That may be chosen; a segment that has none of them keeps its cheapest."""
+    """That may be chosen; a segment that has none of them keeps its first."""
+    _parts: dict[tuple[int, int], ModelCosts | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @cached_property
     def whole(self) -> ModelCosts:
@@ -48,10 +51,12 @@ class Workload:
         replicas = 2 if replicated and self.norm is not NormMode.FROZEN else 1
         if (images, replicas) == (self.batch, 1):
             return self.whole
-        try:
-            return self._restricted(self.source(images, replicas))
-        except InputError:
-            return None
+        if (images, replicas) not in self._parts:
+            try:
+                self._parts[images, replicas] = self._restricted(self.source(images, replicas))
+            except InputError:
+                self._parts[images, replicas] = None
+        return self._parts[images, replicas]
 
     @property
     def norm(self) -> NormMode:

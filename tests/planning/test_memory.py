@@ -5,6 +5,7 @@ import pytest
 
 from memseg.levels import Recompute
 from memseg.planning import ModelCosts, Stage
+from memseg.planning.memory import Flow
 
 from .cases import level, model, random_model, segment
 
@@ -190,62 +191,101 @@ def test_recomputing_a_segment_keeps_its_input_and_frees_the_rest():
     assert stage.recompute_of((0, 1, 0)) == ("none", "segment", "none")
 
 
-def replay(costs: ModelCosts, first: int, last: int, levels: tuple[int, ...]) -> int:
-    """The peak of a stage by walking through the step, holding and letting go of each tensor: no terms, no moments."""
-    segments = costs.segments
-    chosen = {p: segments[p].levels[n] for p, n in zip(range(first, last + 1), levels, strict=True)}
-    readers = {s.name: [p for p, r in enumerate(segments) if s.name in r.reads] for s in segments}
-    entering = {s.name: s for s in segments[:first] if any(r >= first for r in readers[s.name])}
-    leaving = {s.name for s in segments[: last + 1] if any(r > last for r in readers[s.name])}
-    output = {s.name: s.output_bytes for s in segments}
-    needs_grad = {s.name: s.output_needs_grad for s in segments} | {"images": False, "target": False}
+def schedule_of(flow: Flow) -> list[tuple[str, int]]:
+    """Forward and backward of each micro-batch, in order."""
+    count, warm = flow.micro_batches, flow.in_flight
+    order = [("F", number) for number in range(warm)]
+    for number in range(count):
+        order.append(("B", number))
+        order += [("F", warm + number)] if warm + number < count else []
+    return order
 
-    fixed = sum(s.parameter_bytes + s.buffer_bytes + s.optimizer_bytes for s in segments[first : last + 1])
-    fixed += sum(size for name, size in (("images", costs.image_bytes), ("target", costs.target_bytes))
-                 if any(name in segments[p].reads for p in chosen))  # fmt: skip
-    fixed += sum(output[name] for name in entering) + sum(output[name] for name in leaving if needs_grad[name])
-    saved = gradients = peak = 0
-    held: dict[str, set[object]] = {}  # tensors, and who holds each
-    crossing: set[str] = set()  # tensors that leave, which nobody lets go of
 
-    def alive() -> int:
-        names = crossing | {name for name, holders in held.items() if holders}
-        return sum(output[name] for name in names)
+class Walk:
+    """A stage's step, holding and letting go of each tensor: no terms, no moments."""
 
-    for p, cost in chosen.items():
-        peak = max(peak, fixed + saved + alive() + cost.forward_peak_bytes)
-        saved += cost.saved_bytes
-        name = segments[p].name
-        held[name] = {("saves", p)} if cost.saves_output else set()
-        if name in leaving:
-            crossing.add(name)
-            for r in readers[name]:
-                if r in chosen and chosen[r].saves_inputs[segments[r].reads.index(name)]:
-                    held[name].add(("saves", r))
-        elif readers[name]:
-            held[name] |= {("reads", r) for r in readers[name]}
-        else:
-            held[name].add("caller")
-        if first > 0 and last == len(segments) - 1 and name in segments[-1].reads and p != last:
-            held[name].add("pipeline")  # a model's outputs, in a split
-        for place, read in enumerate(segments[p].reads):
-            if read in held:
-                held[read] -= {("reads", p)}
-                held[read] |= {("saves", p)} if cost.saves_inputs[place] else set()
+    def __init__(self, costs: ModelCosts, first: int, last: int, levels: tuple[int, ...], flow: Flow) -> None:
+        self.segments, self.first, self.last, self.flow = costs.segments, first, last, flow
+        self.chosen = {p: self.segments[p].levels[n] for p, n in zip(range(first, last + 1), levels, strict=True)}
+        self.readers = {s.name: [p for p, r in enumerate(self.segments) if s.name in r.reads] for s in self.segments}
+        self.entering = {s.name for s in self.segments[:first] if any(r >= first for r in self.readers[s.name])}
+        self.leaving = {s.name for s in self.segments[: last + 1] if any(r > last for r in self.readers[s.name])}
+        self.output = {s.name: s.output_bytes for s in self.segments}
+        self.needs_grad = {s.name: s.output_needs_grad for s in self.segments} | {"images": False, "target": False}
+        here = self.segments[first : last + 1]
+        self.fixed = sum(s.parameter_bytes + s.buffer_bytes + s.optimizer_bytes for s in here)
+        batch = sum(size for name, size in (("images", costs.image_bytes), ("target", costs.target_bytes))
+                    if any(name in self.segments[p].reads for p in self.chosen))  # fmt: skip
+        batch += sum(self.output[name] for name in self.entering)
+        batch += sum(self.output[name] for name in self.leaving if self.needs_grad[name])
+        self.fixed += batch * flow.micro_batches
+        self.with_gradient = {p for p in self.chosen if flow.keeps_gradients}
+        self.held: dict[tuple[int, str], set[object]] = {}  # tensors of each micro-batch, and who holds each
+        self.saved: dict[tuple[int, int], int] = {}
+        self.sent = self.peak = 0
 
-    made = {name for name in entering if needs_grad[name] and not any(p in chosen for p in readers[name])}
-    for p in reversed(chosen):
-        own = segments[p].name
-        received = own in leaving and needs_grad[own] and not any(r in chosen for r in readers[own])
-        working = chosen[p].backward_peak_held_bytes if received else chosen[p].backward_peak_bytes
-        peak = max(peak, fixed + saved + alive() + gradients + sum(output[n] for n in made) + working)
-        saved -= chosen[p].saved_bytes
-        gradients += segments[p].gradient_bytes
-        for holders in held.values():
-            holders -= {("saves", p)}
-        made |= {name for name in segments[p].reads if needs_grad[name]}
-        made -= {segments[p].name}
-    return max(peak, fixed + gradients)
+    def alive(self) -> int:
+        tensors = sum(self.output[name] for (_, name), holders in self.held.items() if holders)
+        gradients = sum(self.segments[p].gradient_bytes for p in self.with_gradient)
+        return self.fixed + tensors + sum(self.saved.values()) + gradients + self.sent
+
+    def forward(self, number: int) -> None:
+        for p, cost in self.chosen.items():
+            self.peak = max(self.peak, self.alive() + cost.forward_peak_bytes)
+            self.saved[number, p] = cost.saved_bytes
+            name = self.segments[p].name
+            own = self.held[number, name] = {("saves", p)} if cost.saves_output else set()
+            if name in self.leaving:
+                own.add("caller")
+            elif self.readers[name]:
+                own |= {("reads", r) for r in self.readers[name]}
+            else:
+                own.add("caller")
+            if self.first > 0 and self.last == len(self.segments) - 1 and name in self.segments[-1].reads:
+                own.add("pipeline")  # a model's outputs, in a split
+            for place, read in enumerate(self.segments[p].reads):
+                if (number, read) in self.held:
+                    self.held[number, read] -= {("reads", p)}
+                    self.held[number, read] |= {("saves", p)} if cost.saves_inputs[place] else set()
+
+    def backward(self, number: int) -> None:
+        arrived = {name for name in self.entering if self.needs_grad[name]}
+        made = {name for name in arrived if not any(p in self.chosen for p in self.readers[name])}
+        for p in reversed(self.chosen):
+            own, cost = self.segments[p].name, self.chosen[p]
+            received = (
+                own in self.leaving and self.needs_grad[own] and not any(r in self.chosen for r in self.readers[own])
+            )
+            working = cost.backward_peak_held_bytes if received else cost.backward_peak_bytes
+            self.peak = max(self.peak, self.alive() + sum(self.output[n] for n in made) + working)
+            del self.saved[number, p]
+            self.with_gradient.add(p)
+            for (batch, _), holders in self.held.items():
+                if batch == number:
+                    holders -= {("saves", p)}
+            made |= {name for name in self.segments[p].reads if self.needs_grad[name]}
+            made -= {own}
+        self.held = {key: holders for key, holders in self.held.items() if key[0] != number}
+        if self.flow.is_gpipe and self.flow.micro_batches > 1:
+            self.sent += sum(self.output[name] for name in arrived)
+
+    def run(self) -> int:
+        for phase, number in schedule_of(self.flow):
+            self.forward(number) if phase == "F" else self.backward(number)
+        self.sent = 0
+        return max(self.peak, self.alive())
+
+
+FLOWS = [
+    Flow(),
+    Flow(keeps_gradients=True),
+    Flow(2, 2),
+    Flow(2, 1),
+    Flow(4, 4),
+    Flow(4, 2),
+    Flow(4, 3, keeps_gradients=True),
+    Flow(3, 3, keeps_gradients=True),
+]
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -255,4 +295,34 @@ def test_the_sum_of_terms_is_what_a_walk_through_the_step_holds(seed: int):
     for _ in range(20):
         first, last = sorted(generator.choices(range(len(costs.segments)), k=2))
         levels = tuple(generator.randrange(len(s.levels)) for s in costs.segments[first : last + 1])
-        assert Stage(costs, first, last).peak_of(levels).size == replay(costs, first, last, levels)
+        flow = generator.choice(FLOWS)
+        assert Stage(costs, first, last, flow).peak_of(levels).size == Walk(costs, first, last, levels, flow).run(), (
+            flow
+        )
+
+
+def test_schedules_are_those_of_the_papers():
+    # Huang et al., figure 2c; Narayanan et al., figure 4: the last but one of its stages.
+    assert schedule_of(Flow(3, 3)) == [("F", 0), ("F", 1), ("F", 2), ("B", 0), ("B", 1), ("B", 2)]
+    assert schedule_of(Flow(3, 2)) == [("F", 0), ("F", 1), ("B", 0), ("F", 2), ("B", 1), ("B", 2)]
+
+
+def test_micro_batches_hold_what_is_in_flight():
+    costs = model(
+        segment("a", ("images",), level(saved=100, forward=150, backward=30), output=40, gradient_bytes=7),
+        segment("loss", ("a",), level(inputs=(False,))),
+        images=10,
+    )
+    fixed, held = 2 * (10 + 40), 100 + 40  # images and a gradient that arrives, for both; saved and sent by each
+    assert moments_of(Stage(costs, 0, 0, Flow(2, 2)), (0,)) == {
+        "forward of a": fixed + held + 150,
+        "backward of a": fixed + 7 + held + 30,
+        "optimizer step": fixed + 7,
+    }
+    assert Stage(costs, 0, 0, Flow(2, 2)).peak_of((0,)).size == fixed + held + held + 30
+    # Alone in flight; but once the first backward is over, its parameters' gradients stay.
+    assert moments_of(Stage(costs, 0, 0, Flow(2, 1)), (0,)) == {
+        "forward of a": fixed + 7 + 150,
+        "backward of a": fixed + 7 + held + 30,
+        "optimizer step": fixed + 7,
+    }
