@@ -1,15 +1,39 @@
-"""memseg plan: what to place where, and what to rebuild, before anything runs."""
+"""memseg plan: what to place where, and what to rebuild, before anything runs; and how much would fit."""
 
 import argparse
+import json
+import math
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from memseg.cli.console import add_command, wide_console
-from memseg.cli.planning import PlanRequest, add_cards_options
+from memseg.cli.planning import AUTO, PlanRequest, add_cards_options
 from memseg.errors import InputError
-from memseg.levels import NormMode, Precision
-from memseg.units import parse_image
+from memseg.levels import NormMode, Precision, Recompute, Schedule
+from memseg.units import format_image, parse_bytes, parse_image
+
+if TYPE_CHECKING:
+    from memseg.planning import Plan, Settings
+
+ANY = "any"
+"""In place of cards: which are needed?"""
+OFFERS = ("precision", "batch", "accumulation")
+MOST_IMAGES = 4096
+"""The largest batch that --max-batch looks for."""
+MOST_SIDE = 2**16
+"""The longest side that --max-image looks for, in pixels."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A single change of what was asked for, and the best plan with it."""
+
+    change: str
+    plan: "Plan"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -18,15 +42,24 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         subparsers,
         "plan",
         run,
-        summary="Predict each card's peak memory and find the fastest placement that fits.",
+        summary="Predict each card's peak memory and find the best placement that fits.",
         examples=(
             "memseg plan ladder-densenet169 --image 1024x2048 --batch 2 --cards gtx1070,titanx",
             "memseg plan ladder-densenet121 --image 1024x2048 --batch 2 --cards cpu:8GiB,cpu:12GiB -o plan.json",
+            "memseg plan ladder-densenet169 --image 1024x2048 --batch 2 --cards gtx1070,titanx --html plan.html",
+            "memseg plan ladder-densenet121 --image 1024x2048 --max-batch --cards rtx3060",
+            "memseg plan ladder-densenet121 --image 1024x2048 --batch 2 --cards any",
+            "memseg plan torchvision.models.segmentation:fcn_resnet50 --image 512x1024 --batch 4 --cards 2*t4",
         ),
     )
-    parser.add_argument("model", metavar="MODEL", help="name of a model; memseg models lists them")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="name of a model (memseg models lists them), or what makes one: package.module:function, file.py:function",
+    )
     parser.add_argument("--image", metavar="HxW", required=True, help="image size, HEIGHTxWIDTH")
-    parser.add_argument("--batch", type=positive_int, required=True, help="images per step")
+    parser.add_argument("--batch", type=positive_int, help="images of each pass, over all replicas")
+    parser.add_argument("--accumulate", type=positive_int, default=1, help="passes in each step (default: 1)")
     parser.add_argument("--classes", type=class_count, default=19, help="classes to tell apart (default: 19)")
     parser.add_argument("--norm", choices=[mode.value for mode in NormMode], default=NormMode.BATCH.value)
     parser.add_argument(
@@ -36,46 +69,251 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="what a step computes in; bfloat16 and float16 are autocast (default: float32)",
     )
     add_cards_options(parser, required=True)
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan as JSON")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    _add_decisions(parser)
+    questions = parser.add_argument_group("how much fits")
+    questions.add_argument(
+        "--max-batch", action="store_true", help="find the largest batch that fits, in place of --batch"
+    )
+    questions.add_argument(
+        "--max-image", action="store_true", help="find the largest image that fits, of the proportions of --image"
+    )
+    questions.add_argument(
+        "--offer",
+        metavar="KINDS",
+        help=f"also plan with single changes, and compare: any of {','.join(OFFERS)}",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan as JSON")
+    output.add_argument("--png", type=Path, metavar="FILE", help="draw segments and memory of each card")
+    output.add_argument("--html", type=Path, metavar="FILE", help="the same as a page that needs no network")
+    output.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def _add_decisions(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decide for the planner")
+    group.add_argument(
+        "--objective",
+        choices=("speed", "memory"),
+        default="speed",
+        help="most images per second, or the fullest card least full (default: speed)",
+    )
+    group.add_argument(
+        "--recompute",
+        metavar="LEVELS",
+        help=f"levels that may be chosen, of {','.join(level.value for level in Recompute)} (default: all)",
+    )
+    group.add_argument(
+        "--cut", metavar="NAMES", help="first segment of each stage of a split but the first: transition2"
+    )
+    group.add_argument("--micro-batches", type=positive_int, metavar="N", help="of a split with frozen norms")
+    group.add_argument(
+        "--schedule", choices=[one.value for one in Schedule], help="of several micro-batches (default: the best)"
+    )
+    group.add_argument(
+        "--nnodes",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="machines; each has an equal part of the cards, in order",
+    )
+    group.add_argument(
+        "--network", metavar="RATE", help="between machines (default: 1.25 GB/s, which is 10 Gbit/s Ethernet)"
+    )
+    group.add_argument("--force", action="store_true", help="give the closest plan where none fits, marked as such")
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out `memseg plan`."""
-    from memseg.planning import NothingFitsError, infeasible_json, parse_cards, save_plan
-    from memseg.reports.plan import infeasible_text, plan_table
+    from memseg.planning import NothingFitsError, infeasible_json, parse_cards
+    from memseg.reports.plan import infeasible_text
 
-    if args.output and (args.output.is_dir() or not args.output.resolve().parent.is_dir()):
-        raise InputError(f"-o must name a file in a folder that exists, got {args.output}")
+    _check(args)
     request = PlanRequest(
         model=args.model,
         num_classes=args.classes,
         image=parse_image(args.image),
-        batch=args.batch,
+        batch=args.batch or 1,
         norm=NormMode(args.norm),
         precision=Precision(args.precision),
         aux_weight=0.3,
-        cards=parse_cards(args.cards),
+        cards=() if args.cards == ANY else parse_cards(args.cards),
+        accumulation=args.accumulate,
+        nodes=args.nnodes,
+        levels=_named(args.recompute, Recompute, "--recompute") if args.recompute else tuple(Recompute),
     )
+    settings = request.settings(args.strategy or AUTO, _settings(args))
     try:
-        plan = request.plan(args.strategy or "auto")
+        if args.cards == ANY:
+            return _which_cards(args, request, settings)
+        plan = _plan(args, request, settings)
     except NothingFitsError as error:
         if args.json:
             print(infeasible_json(error))
         print(f"memseg plan: {infeasible_text(error)}", file=sys.stderr)
         return 2
+    offers = list(_offers(args, request, settings))
+    _write(args, plan)
+    _print(args, request, plan, offers)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for option in ("output", "png", "html"):
+        path = getattr(args, option)
+        if path and (path.is_dir() or not path.resolve().parent.is_dir()):
+            name = "-o" if option == "output" else f"--{option}"
+            raise InputError(f"{name} must name a file in a folder that exists, got {path}")
+    if args.max_batch and args.max_image:
+        raise InputError("one question at a time: --max-batch with an --image, or --max-image with a --batch")
+    if args.max_batch and args.batch:
+        raise InputError("--max-batch finds the batch; leave out --batch")
+    if args.batch is None and not args.max_batch:
+        raise InputError("how many images? give --batch 2, or --max-batch for as many as fit")
+    if args.cards == ANY and (args.max_batch or args.max_image or args.force):
+        raise InputError(
+            "--cards any asks which cards a job needs; for how much fits, or by force, name the cards: --cards gtx1070"
+        )
+    if args.cards == ANY and (args.nnodes > 1 or args.offer or args.output or args.png or args.html):
+        raise InputError("--cards any gives several answers; for a plan of one of them name the cards: --cards gtx1070")
+    if args.force and (args.max_batch or args.max_image):
+        raise InputError("--force makes a plan that does not fit; --max-batch and --max-image look for one that does")
+    if args.network and args.nnodes == 1:
+        raise InputError("--network is the link between machines; give --nnodes too")
+
+
+def _settings(args: argparse.Namespace) -> "Settings":
+    from memseg.planning import Aim, Settings
+    from memseg.planning.strategies import NETWORK_BYTES_PER_SECOND
+
+    return Settings(
+        aim=Aim(args.objective),
+        network=_rate(args.network) if args.network else NETWORK_BYTES_PER_SECOND,
+        cut=tuple(name.strip() for name in args.cut.split(",")) if args.cut else (),
+        micro_batches=args.micro_batches,
+        schedule=Schedule(args.schedule) if args.schedule else None,
+    )
+
+
+def _rate(text: str) -> float:
+    size, slash, unit = text.partition("/")
+    if not slash or unit.strip() != "s":
+        raise InputError(f"--network must be a size per second, got {text!r}; try 1.25GB/s")
+    return float(parse_bytes(size))
+
+
+def _named(text: str, kind: Any, option: str) -> tuple[Any, ...]:
+    known = [one.value for one in kind]
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in known:
+            raise InputError(f"{option} takes {','.join(known)}, got {name!r}")
+    return tuple(kind(name) for name in dict.fromkeys(names))
+
+
+def _plan(args: argparse.Namespace, request: PlanRequest, settings: "Settings") -> "Plan":
+    from memseg.planning import Capacity, largest_plan
+
+    if args.max_batch:
+        found: Capacity | None = largest_plan(
+            lambda images: request.workload(batch=images), request.cards, settings, most=MOST_IMAGES
+        )
+        return found.plan if found else request.plan(args.strategy or AUTO, settings)
+    if args.max_image:
+        step, most = _image_steps(request)
+        found = largest_plan(
+            lambda number: request.workload(image=(number * step[0], number * step[1])),
+            request.cards,
+            settings,
+            most=most,
+        )
+        if found is None:
+            smallest = format_image(step)
+            raise InputError(
+                f"not even an image of {smallest} fits {args.cards}; memseg plan with --image {smallest} says why"
+            )
+        return found.plan
+    return request.plan(args.strategy or AUTO, settings, force=args.force)
+
+
+def _image_steps(request: PlanRequest) -> tuple[tuple[int, int], int]:
+    """The smallest image of the same proportions that the model takes, and how many times that is tried at most."""
+    model = request.build()
+    model.check_image(request.image)
+    parts = math.gcd(*(side // model.output_stride for side in request.image))
+    height, width = (side // parts for side in request.image)
+    return (height, width), max(1, MOST_SIDE // max(height, width))
+
+
+def _which_cards(args: argparse.Namespace, request: PlanRequest, settings: "Settings") -> int:
+    from memseg.planning import smallest_cards
+    from memseg.reports.plans import plans_table
+
+    plans = list(smallest_cards(request.workload(), settings))
+    if not plans:
+        raise InputError(
+            "no known card holds the job, nor 8 of them; a smaller batch or image needs less, and memseg plan with "
+            "--cards h100 says by how much"
+        )
+    if args.json:
+        print(json.dumps({"feasible": True, "answers": [json.loads(plan.to_json()) for plan in plans]}, indent=2))
+    else:
+        wide_console().print(plans_table("smallest cards that do", [("", plan) for plan in plans]))
+    return 0
+
+
+def _offers(args: argparse.Namespace, request: PlanRequest, settings: "Settings") -> Sequence[Offer]:
+    from memseg.planning import NothingFitsError, make_plan
+
+    kinds = [] if not args.offer else [name.strip() for name in args.offer.split(",")]
+    for kind in kinds:
+        if kind not in OFFERS:
+            raise InputError(f"--offer takes {','.join(OFFERS)}, got {kind!r}")
+    offers = []
+    for change in request.offers(kinds):
+        try:
+            offers.append(Offer(change.description, make_plan(change.workload(), request.cards, settings)))
+        except (NothingFitsError, InputError):
+            continue
+    return sorted(offers, key=lambda offer: -offer.plan.images_per_second)
+
+
+def _write(args: argparse.Namespace, plan: "Plan") -> None:
+    from memseg.files import replace_file
+    from memseg.planning import save_plan
+
     if args.output:
         save_plan(plan, args.output)
+    if args.png:
+        from memseg.reports.plan_picture import draw_plan
+
+        draw_plan(plan, args.png)
+    if args.html:
+        from memseg.reports.plan_page import plan_page
+
+        replace_file(args.html, plan_page(plan))
+
+
+def _print(args: argparse.Namespace, request: PlanRequest, plan: "Plan", offers: Sequence[Offer]) -> None:
+    from memseg.reports.plan import plan_table
+    from memseg.reports.plans import plans_table
+
     if args.json:
-        print(plan.to_json())
-        return 0
-    wide_console().print(plan_table(plan))
-    idle = Counter(card.name for card in request.cards) - Counter(card.card for card in plan.cards)
-    if idle:
-        print(f"not used: {', '.join(idle.elements())}; --strategy split uses every card")
-    if args.output:
-        print(f"plan written to {args.output}")
-    return 0
+        content = json.loads(plan.to_json())
+        if args.offer:
+            content["offers"] = [{"change": one.change, "plan": json.loads(one.plan.to_json())} for one in offers]
+        print(json.dumps(content, indent=2))
+        return
+    console = wide_console()
+    console.print(plan_table(plan))
+    if offers:
+        console.print()
+        console.print(plans_table("with one change", [(offer.change, offer.plan) for offer in offers]))
+    unused = Counter(card.name for card in request.cards) - Counter(card.card for card in plan.cards)
+    if unused:
+        print(f"not used: {', '.join(unused.elements())}; the plan is no faster with it")
+    for path in (args.output, args.png, args.html):
+        if path:
+            print(f"written: {path}")
 
 
 def class_count(text: str) -> int:

@@ -1,6 +1,7 @@
 """Costs and cards in, a plan out. Imports no torch, so it answers in milliseconds to seconds on any machine."""
 
 from memseg.planning.advice import Change, NothingFitsError, infeasible_json
+from memseg.planning.capacity import Capacity, largest_plan, smallest_cards
 from memseg.planning.cards import Card, known_cards, load_card, parse_cards
 from memseg.planning.costs import IMAGES, LOSS, TARGET, LevelCost, ModelCosts, SegmentCost, Work
 from memseg.planning.memory import Category, Moment, Peak, Stage
@@ -15,6 +16,7 @@ __all__ = [
     "TARGET",
     "Aim",
     "Alternative",
+    "Capacity",
     "Card",
     "CardPlan",
     "Category",
@@ -34,10 +36,12 @@ __all__ = [
     "Workload",
     "infeasible_json",
     "known_cards",
+    "largest_plan",
     "load_card",
     "load_plan",
     "make_plan",
     "parse_cards",
     "save_plan",
+    "smallest_cards",
     "unsplittable",
 ]

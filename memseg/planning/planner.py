@@ -71,9 +71,19 @@ def make_plan(
         return planning.plan([closest])
 
     def closest_of(other: Workload, others: Sequence[Card]) -> Placement | None:
-        return _Planning(other, others, settings).closest(enough=True)
+        return closest_placement(other, others, settings)
 
     raise NothingFitsError(closest, find_advice(workload, cards, changes, closest.worst_stage.card, closest_of))
+
+
+def closest_placement(workload: Workload, cards: Sequence[Card], settings: Settings) -> Placement | None:
+    """A placement that fits, or else the one with the smallest shortfall; None where the settings leave none.
+
+    Raises:
+        InputError: as `make_plan`.
+    """
+    _check(workload, cards, settings)
+    return _Planning(workload, cards, settings).closest(enough=True)
 
 
 class _Planning:

@@ -14,3 +14,13 @@ CATEGORY_COLOURS = {
     Category.WORKSPACE: "#8e4ec6",
 }
 """In the order in which they are stacked: what stays all step at the bottom, what is brief on top."""
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever is easier to read on a colour.
+
+    >>> ink_on("#bac2cc"), ink_on("#5b6472")
+    ('#000000', '#ffffff')
+    """
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"

@@ -10,15 +10,9 @@ but for few; so what they have in common is a kind, told once, and an allocation
 before, and how long it lives. A step of 30 000 allocations takes less than 2 MB.
 """
 
-import base64
-import hashlib
-import json
 from collections import defaultdict
 from dataclasses import fields
-from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
 
 import memseg
@@ -26,10 +20,11 @@ from memseg.files import replace_file
 from memseg.levels import Recompute
 from memseg.profiling.alive import removing_level
 from memseg.profiling.timeline import Allocation, Category, Phase, Timeline
-from memseg.reports.colours import CATEGORY_COLOURS
+from memseg.reports.colours import CATEGORY_COLOURS, ink_on
 from memseg.reports.phases import phase_spans
 from memseg.reports.profile import MODEL_ITSELF, ProfileReport, ProfileRow
 from memseg.reports.profile_view import measured_line, verdict_line
+from memseg.reports.single_file import single_file
 from memseg.units import format_bytes, format_seconds
 
 _SCRIPTS = ("units", "dom", "step", "curve", "treemap", "tables", "layers", "main")
@@ -54,27 +49,8 @@ def save_profile_page(report: ProfileReport, path: Path) -> None:
 
 def profile_page(report: ProfileReport) -> str:
     """The page, as HTML that needs nothing beside it."""
-    style = _asset("profile.css")
-    script = "\n".join(['(() => {\n"use strict";', *(_asset(f"{name}.js") for name in _SCRIPTS), "})();"])
-    return Template(_asset("profile.html")).substitute(
-        title=escape(f"{report.profile.model}, memseg profile"),
-        version=escape(memseg.__version__),
-        style=style,
-        style_hash=_policy_hash(style),
-        script=script,
-        script_hash=_policy_hash(script),
-        # The only way out of a script element begins with this letter.
-        data=json.dumps(_page_object(report), separators=(",", ":")).replace("<", "\\u003c"),
-    )
-
-
-def _asset(name: str) -> str:
-    return (files("memseg.reports") / "assets" / name).read_text(encoding="utf-8")
-
-
-def _policy_hash(content: str) -> str:
-    """As a content security policy names an inline style or script."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    title = f"{report.profile.model}, memseg profile"
+    return single_file("profile", scripts=_SCRIPTS, title=title, data=_page_object(report))
 
 
 def _page_object(report: ProfileReport) -> dict[str, Any]:
@@ -90,7 +66,7 @@ def _page_object(report: ProfileReport) -> dict[str, Any]:
         "headline": report.headline(),
         "figures": _figures(report),
         "categories": [
-            {"name": category, "colour": colour, "ink": _ink(colour), "isComputed": category in _COMPUTED}
+            {"name": category, "colour": colour, "ink": ink_on(colour), "isComputed": category in _COMPUTED}
             for category, colour in CATEGORY_COLOURS.items()
         ],
         "modelItself": MODEL_ITSELF,
@@ -219,13 +195,3 @@ def _columns(rows: list[ProfileRow]) -> dict[str, list[Any]]:
         field.name.removesuffix("_bytes").removesuffix("_s"): [getattr(row, field.name) for row in rows]
         for field in fields(ProfileRow)
     }
-
-
-def _ink(colour: str) -> str:
-    """Black or white, whichever is easier to read on a colour.
-
-    >>> _ink("#bac2cc"), _ink("#5b6472")
-    ('#000000', '#ffffff')
-    """
-    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "#ffffff"

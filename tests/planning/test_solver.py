@@ -32,12 +32,15 @@ def test_levels_are_the_fastest_that_fit_and_the_smallest_there_are(seed: int):
     for available in (min(peaks.values()) - 1, *generator.choices(sorted(peaks.values()), k=3), max(peaks.values())):
         on = card(available)
         fitting = [seconds_of(stage, on, levels) for levels, peak in peaks.items() if peak <= available]
-        found = solver.fastest(on)
+        found = solver.fastest(on, available)
+        bound = solver.bound(on, available)
         assert (found is None) == (not fitting)
         if found:
             assert found.peak.size <= available
             assert found.peak.size == peaks[found.levels]
             assert seconds_of(stage, on, found.levels) == pytest.approx(min(fitting))
+            assert bound <= min(fitting)
+            assert solver.seconds(on, found) == pytest.approx(seconds_of(stage, on, found.levels))
 
 
 def test_one_byte_decides_even_among_gigabytes():
@@ -50,7 +53,7 @@ def test_one_byte_decides_even_among_gigabytes():
         for available in (peak - 1, peak):
             on = card(available)
             fitting = [levels for levels in all_choices(stage) if stage.peak_of(levels).size <= available]
-            found = StageSolver(stage).fastest(on)
+            found = StageSolver(stage).fastest(on, available)
             assert (found is None) == (not fitting)
             if found:
                 assert found.peak.size <= available

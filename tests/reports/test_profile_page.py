@@ -1,11 +1,5 @@
-"""The page is opened in a real browser, without a network, and told to show what the profile says.
+"""The page is opened in a real browser, without a network, and told to show what the profile says."""
 
-The browser is Debian's chromium, driven by playwright. Where it is missing and can be installed, it is.
-"""
-
-import os
-import shutil
-import subprocess
 from functools import partial
 from itertools import pairwise
 
@@ -20,21 +14,18 @@ from memseg.profiling import foreign_job, named_optimizer, profile_step, trace_j
 from memseg.profiling.card_memory import CardMemory
 from memseg.profiling.device_memory import Term
 from memseg.profiling.timeline import Category, Phase
-from memseg.reports import page as page_module
 from memseg.reports.colours import CATEGORY_COLOURS
 from memseg.reports.page import profile_page, save_profile_page
 from memseg.reports.phases import phase_spans
 from memseg.reports.profile import ProfileReport
 from memseg.reports.profile_view import fit_line
+from memseg.reports.single_file import asset
 from memseg.units import format_bytes, format_seconds
 
 MIB = 2**20
 ARROW = "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}"
 COMPUTED = {Category.SAVED, Category.TEMPORARY, Category.WORKSPACE}
 NOTHING = "\N{EN DASH}"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-INSTALL_S = 300
-"""Seconds that the installation of a browser may take; 25 on a machine with a near mirror."""
 HOSTILE_NAMES = [
     "<script>alert(1)</script>",
     "</script><script>alert(2)</script>",
@@ -45,33 +36,6 @@ HOSTILE_NAMES = [
     "__proto__",
     "constructor",
 ]
-
-
-def find_browser():
-    """The path of a browser, installed where it must be; skips where it cannot be."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found:
-        return found
-    if os.name != "posix" or os.getuid() != 0 or not shutil.which("apt-get"):
-        pytest.skip("there is no chromium, and only root can install one with apt-get")
-    install = "apt-get install -y --no-install-recommends chromium"
-    command = f"{install} || (apt-get update && {install})"
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    try:
-        subprocess.run(["sh", "-c", command], env=environment, capture_output=True, timeout=INSTALL_S, check=True)
-    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        pytest.skip(f"there is no chromium, and it could not be installed: {error}")
-    return shutil.which("chromium") or pytest.skip("apt-get installed no chromium")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = find_browser()
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=path)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +181,7 @@ def test_numbers_are_written_as_everywhere_else(browser):
     sizes = [0, 1, 512, 1023, 1024, 1280, 2**20 - 1, 3 * MIB, 102 * MIB, 128 * MIB, 640 * MIB, 11725260718, -(2**30)]
     seconds = [0.0, 0.0123, 0.00025, 0.99, 2.5, 119.0, 125.0, 4000.0]
     page = browser.new_page()
-    units = page_module._asset("units.js")
+    units = asset("units.js")
     shown = page.evaluate(
         f"([sizes, times]) => {{ {units}; return [sizes.map(formatBytes), times.map(formatSeconds)]; }}",
         [sizes, seconds],
