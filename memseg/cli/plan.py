@@ -6,14 +6,15 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memseg.cli.console import add_command, wide_console
 from memseg.cli.planning import AUTO, PlanRequest, add_cards_options
 from memseg.errors import InputError
-from memseg.levels import NormMode, Precision, Recompute, Schedule
+from memseg.levels import NormMode, Precision, Recompute, Schedule, Strategy
+from memseg.planning.plan import unsplittable
 from memseg.units import format_image, parse_bytes, parse_image
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     offers = list(_offers(args, request, settings))
     _write(args, plan)
-    _print(args, request, plan, offers)
+    _print(args, request, plan, offers, _published(request, settings, plan))
     return 0
 
 
@@ -277,6 +278,24 @@ def _offers(args: argparse.Namespace, request: PlanRequest, settings: "Settings"
     return sorted(offers, key=lambda offer: -offer.plan.images_per_second)
 
 
+def _published(request: PlanRequest, settings: "Settings", plan: "Plan") -> Sequence[Offer]:
+    """The plan with the cut of the model's authors, with levels chosen and with nothing rebuilt, fit or not."""
+    from memseg.planning import make_plan
+
+    cut = request.build().published_cut
+    free = settings.strategy in (None, Strategy.SPLIT) and not settings.cut and request.nodes == 1
+    if not cut or not free or len(request.cards) <= len(cut) or unsplittable(request.precision):
+        return []
+    workload = request.workload(batch=plan.batch, image=plan.image)
+    theirs = replace(settings, strategy=Strategy.SPLIT, cut=cut)
+    name = f"cut at {', '.join(cut)}"
+    plain = request.workload(batch=plan.batch, image=plan.image, levels=(Recompute.NONE,))
+    return [
+        Offer(name, make_plan(workload, request.cards, theirs, force=True)),
+        Offer(f"{name}, nothing rebuilt", make_plan(plain, request.cards, theirs, force=True)),
+    ]
+
+
 def _write(args: argparse.Namespace, plan: "Plan") -> None:
     from memseg.files import replace_file
     from memseg.planning import save_plan
@@ -293,27 +312,36 @@ def _write(args: argparse.Namespace, plan: "Plan") -> None:
         replace_file(args.html, plan_page(plan))
 
 
-def _print(args: argparse.Namespace, request: PlanRequest, plan: "Plan", offers: Sequence[Offer]) -> None:
+def _print(
+    args: argparse.Namespace, request: PlanRequest, plan: "Plan", offers: Sequence[Offer], published: Sequence[Offer]
+) -> None:
     from memseg.reports.plan import plan_table
     from memseg.reports.plans import plans_table
 
     if args.json:
         content = json.loads(plan.to_json())
         if args.offer:
-            content["offers"] = [{"change": one.change, "plan": json.loads(one.plan.to_json())} for one in offers]
+            content["offers"] = _objects(offers)
+        if published:
+            content["published"] = _objects(published)
         print(json.dumps(content, indent=2))
         return
     console = wide_console()
     console.print(plan_table(plan))
-    if offers:
-        console.print()
-        console.print(plans_table("with one change", [(offer.change, offer.plan) for offer in offers]))
+    for title, others in (("with one change", offers), ("as its authors split it", published)):
+        if others:
+            console.print()
+            console.print(plans_table(title, [(other.change, other.plan) for other in others]))
     unused = Counter(card.name for card in request.cards) - Counter(card.card for card in plan.cards)
     if unused:
         print(f"not used: {', '.join(unused.elements())}; the plan is no faster with it")
     for path in (args.output, args.png, args.html):
         if path:
             print(f"written: {path}")
+
+
+def _objects(offers: Sequence[Offer]) -> list[dict[str, Any]]:
+    return [{"change": one.change, "plan": json.loads(one.plan.to_json())} for one in offers]
 
 
 def class_count(text: str) -> int:

@@ -5,16 +5,12 @@ the model, or a tuple of the model and what it is called with, or of these and t
 """
 
 import argparse
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memseg.errors import InputError, MemsegError, UnknownNameError
+from memseg.errors import InputError, UnknownNameError
 from memseg.levels import NormMode, Precision, Recompute
 from memseg.units import format_image, parse_image
 
@@ -140,6 +136,7 @@ def _own(args: argparse.Namespace, image: tuple[int, int], levels: Recompute | d
 def _foreign(args: argparse.Namespace, image: tuple[int, int]) -> Request:
     import torch
 
+    from memseg.models import load_address
     from memseg.profiling import foreign_job, named_optimizer
 
     factory = load_address(args.model)
@@ -169,52 +166,6 @@ def _foreign(args: argparse.Namespace, image: tuple[int, int]) -> Request:
 def _common_settings(args: argparse.Namespace, optimizer: str) -> dict[str, Any]:
     accumulation = {"accumulate": args.accumulate} if args.accumulate > 1 else {}
     return {"optimizer": optimizer, **accumulation}
-
-
-def load_address(address: str) -> Callable[..., Any]:
-    """The function at MODULE:FUNCTION or file.py:FUNCTION; modules are looked for in the current folder too.
-
-    Raises:
-        InputError: there is no such module or function, or importing the module fails.
-    """
-    where, _, name = address.rpartition(":")
-    if not where or not name:
-        raise InputError(f"an address must be MODULE:FUNCTION or file.py:FUNCTION, got {address!r}; try nets.py:build")
-    try:
-        module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
-    except MemsegError:
-        raise
-    except (Exception, SystemExit) as error:
-        message = " ".join(str(error).split())
-        raise InputError(f"{address}: importing {where} fails with {type(error).__name__}: {message}") from error
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        known = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise UnknownNameError(f"function of {where}", name, known)
-    function: Callable[..., Any] = found
-    return function
-
-
-def _import_module(name: str) -> Any:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    return importlib.import_module(name)
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; a model of your own is file.py:FUNCTION or package.module:FUNCTION")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Modules beside it are found, as when it is run; of its own name nothing is hidden.
-    sys.path.insert(0, str(path.resolve().parent))
-    sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 def parse_recompute(text: str) -> Recompute | dict[str, Recompute]:

@@ -158,16 +158,27 @@ def load_encoder_file(model: SegmentedModel, path: Path) -> list[str]:
         InputError: the file cannot be read as a state dict.
         ProblemsError: as `load_encoder`.
     """
+    return load_encoder(model, read_weights(path, "a torchvision DenseNet state dict"), where=str(path))
+
+
+def read_weights(path: Path, what: str) -> Mapping[str, Tensor]:
+    """The state dict in a file saved by torch.save, read with weights_only=True.
+
+    Args:
+        path: Of the file.
+        what: It must be, in words.
+
+    Raises:
+        InputError: the file cannot be read as a state dict.
+    """
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise InputError(
-            f"{path}: must be a torchvision DenseNet state dict saved by torch.save, cannot be read: {reason}"
-        ) from None
+        raise InputError(f"{path}: must be {what} saved by torch.save, cannot be read: {reason}") from None
     if not isinstance(weights, Mapping):
         raise InputError(f"{path}: must hold a state dict (names to tensors), got {type(weights).__name__}")
-    return load_encoder(model, weights, where=str(path))
+    return weights
 
 
 def _our_name(key: str, half: int) -> str | None:

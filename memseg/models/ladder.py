@@ -98,6 +98,7 @@ def ladder_densenet(
         num_classes=num_classes,
         output_stride=64,
         encoder=encoder.names,
+        published_cut=("transition2",),
     )
     _initialise(model)
     return model

@@ -1,12 +1,15 @@
 """What training minimises."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memseg.nn import IGNORE_INDEX, banded_cross_entropy
 
 
 class Objective(nn.Module):
-    """Weighted sum of the cross-entropies of a model's coarse outputs, each brought to the target's size.
+    """Weighted sum of the cross-entropies of a model's outputs.
+
+    Coarse maps of logits are each brought to the target's size.
 
     Args:
         aux_weight: Weight shared by all outputs but the first, 0..1; the first gets the rest. The paper: 0.3.
@@ -25,11 +28,22 @@ class Objective(nn.Module):
     def forward(self, *outputs_and_target: Tensor) -> Tensor:
         """Of coarse logits (N, K, h, w), the main ones first, and last the target (N, H, W): a scalar."""
         main, *auxiliary, target = outputs_and_target
-        total = banded_cross_entropy(main, target, ignore_index=self.ignore_index)
+        total = self.cross_entropy(main, target)
         if not auxiliary:
             return total
         total = total * (1 - self.aux_weight)
         for logits in auxiliary:
-            weight = self.aux_weight / len(auxiliary)
-            total = total + weight * banded_cross_entropy(logits, target, ignore_index=self.ignore_index)
+            total = total + self.aux_weight / len(auxiliary) * self.cross_entropy(logits, target)
         return total
+
+    def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Of one output: a scalar."""
+        return banded_cross_entropy(logits, target, ignore_index=self.ignore_index)
+
+
+class ClassificationObjective(Objective):
+    """The same for models with one label per image: logits (N, K), target (N,) of int64."""
+
+    def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Of one output: a scalar."""
+        return F.cross_entropy(logits, target, ignore_index=self.ignore_index)

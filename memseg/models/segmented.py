@@ -5,6 +5,7 @@ made them and makes one tensor of its own name. A run of consecutive segments is
 that cross its borders as inputs and outputs: that is what one card of a split model runs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from memseg.errors import InputError, UnknownNameError
 from memseg.levels import NormMode, Recompute
+from memseg.models.objective import ClassificationObjective, Objective
 from memseg.nn import BatchNorm2d, layout
 
 IMAGES = "images"
@@ -113,39 +115,52 @@ class SegmentGraph(nn.Module):
         if stop == len(order):
             outputs = list(self.outputs)
         segments = [Segment(name, self.segments[name], self.reads[name]) for name in made_here]
-        return Stage(segments, inputs=inputs, outputs=outputs, ends=stop == len(order))
+        return Stage(segments, inputs=inputs, outputs=outputs, begins=start == 0, ends=stop == len(order))
 
 
 class Stage(SegmentGraph):
     """Part of a model, with borders that tensors can cross, for which they must be contiguous.
 
     Feature maps are channels-last, (N, C, H, W) in memory (N, H, W, C); so that is how they cross, without a copy, and
-    their gradients cross back. A tensor that is passed through gets a node of its own, so that a gradient can arrive
-    for it.
+    their gradients cross back. Other tensors cross as they are. A tensor that is passed through gets a node of its own,
+    so that a gradient can arrive for it.
 
     Args:
         segments, inputs, outputs: As of any graph.
+        begins: Whether the model begins here: then its inputs are those of the model, and stay as they are.
         ends: Whether the model ends here: then its outputs cross no border, and stay as they are.
     """
 
     def __init__(
-        self, segments: Sequence[Segment], *, inputs: Sequence[str], outputs: Sequence[str], ends: bool
+        self,
+        segments: Sequence[Segment],
+        *,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        begins: bool,
+        ends: bool,
     ) -> None:
         super().__init__(segments, inputs=inputs, outputs=outputs)
-        self.ends = ends
+        self.begins, self.ends = begins, ends
 
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The outputs, in order.
 
-        Inputs and outputs are contiguous (N, H, W, C), but for the images, and the outputs of the stage that `ends` the
-        model.
+        Inputs and outputs are contiguous, maps (N, H, W, C), but for the inputs of the stage that `begins` the model
+        and the outputs of the one that `ends` it.
         """
-        maps = (
-            tensor if name == IMAGES else layout.images(_ContiguousGradient.apply(tensor))
-            for name, tensor in zip(self.inputs, inputs, strict=True)
-        )
-        outputs = super().run(*maps)
-        return outputs if self.ends else tuple(layout.rows(tensor).contiguous() for tensor in outputs)
+        tensors = inputs if self.begins else map(_received, inputs)
+        outputs = super().run(*tensors)
+        return outputs if self.ends else tuple(map(_sent, outputs))
+
+
+def _received(tensor: Tensor) -> Tensor:
+    tensor = cast(Tensor, _ContiguousGradient.apply(tensor))
+    return layout.images(tensor) if tensor.dim() == 4 else tensor
+
+
+def _sent(tensor: Tensor) -> Tensor:
+    return (layout.rows(tensor) if tensor.dim() == 4 else tensor).contiguous()
 
 
 class _ContiguousGradient(torch.autograd.Function):
@@ -161,7 +176,7 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 class SegmentedModel(SegmentGraph):
-    """A segmentation network as a SegmentGraph over `images`.
+    """A segmentation network, or one that classifies images, as a SegmentGraph over `images`.
 
     Training and evaluation want different things of it, as with torchvision's networks that have auxiliary heads:
 
@@ -169,13 +184,21 @@ class SegmentedModel(SegmentGraph):
       (`memseg.nn.banded_cross_entropy`) brings them to full size in bands.
     - `.eval()`: forward returns the main logits, (N, num_classes, H, W), upsampled bilinearly.
 
+    Where images are classified, logits are (N, num_classes) in both.
+
     Args:
-        name: Its name in the zoo.
+        name: Its name in the zoo, or the address of what makes it.
         segments: In topological order.
         outputs: Names of the segments that make coarse logits, the main one first.
         num_classes: Channels of the logits.
-        output_stride: Input size over the coarsest map's size; image sides must be multiples of it.
+        output_stride: Image sides must be multiples of it; of a network of ours the input size over the coarsest map's.
         encoder: Names of the segments that pretrained weights fill.
+        is_dense: Whether it labels pixels; else whole images.
+        norm_stride: Input size over that of the coarsest map of which batch norm takes statistics, `math.inf` where a
+            map pooled to 1x1 is normalised; by default the output stride.
+        image: The only (height, width) of images that it takes, if there is but one.
+        published_cut: The first segment of each further card, as its authors split it over cards; none where they
+            did not.
     """
 
     def __init__(
@@ -187,10 +210,29 @@ class SegmentedModel(SegmentGraph):
         num_classes: int,
         output_stride: int,
         encoder: Sequence[str] = (),
+        is_dense: bool = True,
+        norm_stride: float | None = None,
+        image: tuple[int, int] | None = None,
+        published_cut: Sequence[str] = (),
     ) -> None:
         super().__init__(segments, inputs=(IMAGES,), outputs=outputs)
         self.name, self.num_classes, self.output_stride = name, num_classes, output_stride
-        self.encoder = tuple(encoder)
+        self.encoder, self.is_dense, self.image = tuple(encoder), is_dense, image
+        self.published_cut = tuple(published_cut)
+        self.norm_stride: float = output_stride if norm_stride is None else norm_stride
+
+    def objective(self, aux_weight: float = 0.3) -> Objective:
+        """What its training minimises.
+
+        Args:
+            aux_weight: Weight shared by all outputs but the first, 0..1.
+        """
+        return Objective(aux_weight) if self.is_dense else ClassificationObjective(aux_weight)
+
+    def make_target(self, batch: int, image: tuple[int, int]) -> Tensor:
+        """Random labels for a batch of images: (N, H, W) of uint8 for pixels, (N,) of int64 for whole images."""
+        shape, dtype = ((batch, *image), torch.uint8) if self.is_dense else ((batch,), torch.int64)
+        return torch.randint(self.num_classes, shape, dtype=dtype)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...] | Tensor:
         """Of images (N, 3, H, W): coarse outputs in training, full-size logits (N, num_classes, H, W) otherwise.
@@ -202,13 +244,15 @@ class SegmentedModel(SegmentGraph):
         outputs = self.coarse_outputs(images)
         if self.training:
             return outputs
+        if not self.is_dense:
+            return outputs[0]
         return F.interpolate(outputs[0], images.shape[2:], mode="bilinear", align_corners=False)
 
     def coarse_outputs(self, images: Tensor) -> tuple[Tensor, ...]:
         """All coarse logits (N, num_classes, h, w) of images (N, 3, H, W), the main ones first.
 
         Raises:
-            InputError: H or W is not a multiple of `output_stride`.
+            InputError: H or W is not a multiple of `output_stride`, or not the only size that there is.
         """
         self.check_image(cast(tuple[int, int], tuple(images.shape[2:])))
         return self.run(images)
@@ -217,10 +261,15 @@ class SegmentedModel(SegmentGraph):
         """Do nothing where (height, width) suits the model, and a training batch of so many such images too.
 
         Raises:
-            InputError: a side is not a multiple of `output_stride`, and which size is nearest; or the coarsest map of
-                the whole batch has a single value per channel, of which batch norm can take no statistics.
+            InputError: a side is not a multiple of `output_stride`, and which size is nearest; or the model takes
+                another size alone; or the coarsest map of the whole batch has a single value per channel, of which
+                batch norm can take no statistics.
         """
         stride = self.output_stride
+        if self.image is not None and size != self.image:
+            raise InputError(
+                f"{self.name} takes images of {self.image[0]}x{self.image[1]} alone, got {size[0]}x{size[1]}"
+            )
         if any(side < stride or side % stride for side in size):
             nearest = "x".join(str(max(stride, round(side / stride) * stride)) for side in size)
             raise InputError(
@@ -229,7 +278,8 @@ class SegmentedModel(SegmentGraph):
             )
         norms = [module for module in self.modules() if isinstance(module, BatchNorm2d)]
         counts = any(norm.norm is not NormMode.FROZEN for norm in norms)
-        if batch is not None and counts and batch * (size[0] // stride) * (size[1] // stride) == 1:
+        values = math.prod(max(1, math.ceil(side / self.norm_stride)) for side in size)
+        if batch is not None and counts and batch * values == 1:
             raise InputError(
                 f"batch statistics need more than one value per channel, and one image of {size[0]}x{size[1]} is a "
                 f"single value at the coarsest map of {self.name}; take a batch of 2, a larger image, or frozen norm"

@@ -1,4 +1,4 @@
-"""Models by name."""
+"""Models by name, and models of others by the address of what makes them."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -8,6 +8,8 @@ import torch
 from memseg.errors import UnknownNameError
 from memseg.levels import NormMode
 from memseg.models.densenet import DenseNetConfig
+from memseg.models.factory import make_module
+from memseg.models.foreign import segment_module
 from memseg.models.ladder import ladder_densenet
 from memseg.models.segmented import SegmentedModel
 
@@ -58,21 +60,27 @@ def build_model(
     """A new model with random weights, on torch's default device.
 
     Args:
-        name: One of `model_names()`.
+        name: One of `model_names()`; or package.module:factory or path/file.py:factory, whose network is cut into
+            segments. Such a factory is called with `num_classes`, where it takes it, and without pretrained weights.
         num_classes: Channels of its logits.
         norm: Mode of all its norms.
         dtype: Of its parameters and buffers.
 
     Raises:
         UnknownNameError: there is no model of that name.
+        InputError: a factory fails, or what it makes cannot be cut into segments or has other classes.
     """
-    if name not in _ZOO:
-        raise UnknownNameError("model", name, _ZOO)
-    entry = _ZOO[name]
+    if name not in _ZOO and ":" not in name:
+        hint = "(a model of your own is file.py:FUNCTION or package.module:FUNCTION)"
+        raise UnknownNameError("model", name, _ZOO, hint)
     # Not `.to(dtype)` afterwards: fake parameters, which profiling builds with, cannot be converted in place.
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
+        if name not in _ZOO:
+            module = make_module(name, num_classes=num_classes)
+            return segment_module(module, name=name, num_classes=num_classes, norm=norm)
+        entry = _ZOO[name]
         return ladder_densenet(
             name,
             entry.config,

@@ -86,8 +86,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         eps: Added to the variance.
         momentum: Weight of the newest batch in the running statistics.
 
-    A `synced` norm uses `process_group`, an attribute; None, which it is at first, stands for the default group. Where
-    none is initialised or it has one process, the norm behaves as `batch`.
+    A `synced` norm uses `process_group`, an attribute; None, which it is at first, stands for the default group, if one
+    is initialised. Without a group, and in one of a single process, the norm behaves as `batch`.
     """
 
     running_mean: Tensor
@@ -113,9 +113,9 @@ class BatchNorm2d(nn.BatchNorm2d):
     @property
     def replicas(self) -> distributed.ProcessGroup | None:
         """The group to sync over; None where there is nothing to sync."""
-        if self.norm is not NormMode.SYNCED or not (distributed.is_available() and distributed.is_initialized()):
+        if self.norm is not NormMode.SYNCED or not distributed.is_available():
             return None
-        group = self.process_group or distributed.group.WORLD
+        group = self.process_group or (distributed.group.WORLD if distributed.is_initialized() else None)
         return group if group is not None and distributed.get_world_size(group) > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:

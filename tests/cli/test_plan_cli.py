@@ -5,49 +5,132 @@ import json
 import pytest
 
 from memseg.cli.main import main
-from memseg.planning import load_plan
+from memseg.planning import Plan, load_plan
 from memseg.units import format_bytes
 
 MINI = "ladder-densenet-mini"
+SMALL = [MINI, "--image", "64x128"]
+TWO = ["--cards", "cpu:1GiB,cpu:2GiB"]
+
+
+def plan(capsys, *arguments):
+    """What `memseg plan --json` prints, of a command that ends well."""
+    assert main(["plan", *arguments, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
 
 
 def test_a_plan_is_shown_and_written(tmp_path, capsys):
     file = tmp_path / "plan.json"
-    arguments = [
-        "plan",
-        MINI,
-        "--image",
-        "64x128",
-        "--batch",
-        "2",
-        "--cards",
-        "cpu:1GiB,cpu:2GiB",
-        "--strategy",
-        "split",
-    ]
-    assert main([*arguments, "-o", str(file), "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads(file.read_text())
+    printed = plan(capsys, *SMALL, "--batch", "2", *TWO, "--strategy", "split", "-o", str(file))
+    assert {key: printed[key] for key in printed if key != "published"} == json.loads(file.read_text())
     assert printed["feasible"] is True
-    plan = load_plan(file)
-    assert (plan.strategy, plan.batch, plan.image) == ("split", 2, (64, 128))
-    assert {card.card for card in plan.cards} == {"cpu:1GiB", "cpu:2GiB"}
+    found = load_plan(file)
+    assert (found.strategy, found.batch, found.image) == ("split", 2, (64, 128))
+    assert {card.card for card in found.cards} == {"cpu:1GiB", "cpu:2GiB"}
+
+
+def test_pictures_and_pages_are_written_beside_the_table(tmp_path, capsys):
+    png, html = tmp_path / "plan.png", tmp_path / "plan.html"
+    assert main(["plan", *SMALL, "--batch", "2", *TWO, "--png", str(png), "--html", str(html)]) == 0
+    told = capsys.readouterr().out
+    assert "replicate on cpu:1GiB, cpu:2GiB" in told
+    assert [line for line in told.splitlines() if line.startswith("written")] == [f"written: {png}", f"written: {html}"]
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert html.read_text().startswith("<!doctype html>")
+
+
+def test_what_the_papers_placement_would_cost_is_told(capsys):
+    found = plan(capsys, *SMALL, "--batch", "2", *TWO)["published"]
+    assert [one["change"] for one in found] == ["cut at transition2", "cut at transition2, nothing rebuilt"]
+    for one in found:
+        stages = sorted(one["plan"]["cards"], key=lambda card: card["stage"])
+        assert [segment["name"] for segment in stages[1]["segments"]][:2] == ["transition2", "block3"]
+    assert main(["plan", *SMALL, "--batch", "2", *TWO]) == 0
+    assert "as its authors split it" in capsys.readouterr().out
+
+
+def test_replicas_share_the_batch_and_norms_sync(capsys):
+    found = plan(capsys, *SMALL, "--batch", "3", *TWO, "--strategy", "replicate")
+    assert sorted(card["batch_share"] for card in found["cards"]) == [1, 2]
+    assert Plan.from_json(json.dumps(found), "printed").trained_norm == "synced"
+
+
+def test_frozen_norms_are_split_into_micro_batches(capsys):
+    options = ["--batch", "4", *TWO, "--strategy", "split", "--norm", "frozen"]
+    found = plan(capsys, *SMALL, *options)
+    assert (found["micro_batches"], found["schedule"]) == (4, "1f1b")
+    gpipe = plan(capsys, *SMALL, *options, "--schedule", "gpipe", "--micro-batches", "2")
+    assert (gpipe["micro_batches"], gpipe["schedule"]) == (2, "gpipe")
+    batch = plan(capsys, *SMALL, "--batch", "4", *TWO, "--strategy", "split")
+    assert (batch["micro_batches"], batch["schedule"]) == (1, None)
+
+
+def test_the_largest_batch_fits_and_one_image_more_does_not(capsys):
+    card = ["--cards", "cpu:640MiB"]
+    most = plan(capsys, *SMALL, "--max-batch", *card)["batch"]
+    assert most > 8
+    assert main(["plan", *SMALL, "--batch", str(most + 1), *card, "--json"]) == 2
+
+
+def test_the_largest_image_has_the_same_proportions_and_one_step_more_does_not_fit(capsys):
+    request = ["--batch", "1", "--cards", "cpu:640MiB"]
+    height, width = map(int, plan(capsys, *SMALL, "--max-image", *request)["image"].split("x"))
+    assert width == 2 * height
+    assert height % 64 == 0
+    assert main(["plan", MINI, "--image", f"{height + 64}x{width + 128}", *request, "--json"]) == 2
+
+
+def test_any_cards_are_the_smallest_that_do(capsys):
+    answers = plan(capsys, *SMALL, "--batch", "2", "--cards", "any")["answers"]
+    smallest = min(answers, key=lambda answer: len(answer["cards"]))
+    assert len(smallest["cards"]) == 1
+    assert all(answer["feasible"] for answer in answers)
+    capacities = [answer["cards"][0]["capacity_bytes"] for answer in answers]
+    assert capacities == sorted(capacities, reverse=True)
+
+
+def test_offers_are_plans_with_one_change_each(capsys):
+    found = plan(capsys, *SMALL, "--batch", "2", "--cards", "cpu:1GiB", "--offer", "precision,accumulation")
+    offers = {offer["change"]: offer["plan"] for offer in found["offers"]}
+    assert set(offers) == {"precision bfloat16", "precision float16", "batch 1 with accumulation 2"}
+    assert offers["precision bfloat16"]["precision"] == "bfloat16"
+    assert (offers["batch 1 with accumulation 2"]["batch"], offers["batch 1 with accumulation 2"]["accumulation"]) == (
+        1,
+        2,
+    )
+
+
+def test_by_memory_the_fullest_card_is_less_full_than_by_speed(capsys):
+    fullest = {}
+    for objective in ("speed", "memory"):
+        found = plan(capsys, MINI, "--image", "256x512", "--batch", "2", *TWO, "--objective", objective)
+        fullest[objective] = max(
+            (card["predicted_peak_bytes"] + card["outside_bytes"]) / (card["capacity_bytes"] - card["reserve_bytes"])
+            for card in found["cards"]
+        )
+    assert fullest["memory"] < fullest["speed"]
 
 
 def test_when_nothing_fits_words_and_json_say_by_how_much_where_and_what_would(capsys):
-    request = [MINI, "--image", "512x1024", "--batch", "2", "--norm", "frozen", "--cards", "cpu:640MiB"]
+    request = [MINI, "--image", "512x1024", "--batch", "2", "--norm", "batch", "--cards", TIGHT]
     assert main(["plan", *request, "--json"]) == 2
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert found["feasible"] is False
-    assert found["available_bytes"] == 128 * 2**20
     assert found["shortfall_bytes"] == found["needed_bytes"] - found["available_bytes"] > 0
     changes = [change.partition(" (needs ")[0] for change in found["advice"]]
-    assert {"batch 1", "cpu:1GiB in place of cpu:640MiB"} < set(changes)
+    assert {"batch 1", "batch 1 with accumulation 2"} < set(changes)
     told = printed.err.partition("memseg plan: ")[2].splitlines()
     short = format_bytes(found["shortfall_bytes"])
-    assert told[0] == f"no plan fits; the closest is {short} short on cpu:640MiB at {found['moment']}"
+    assert told[0] == f"no plan fits; the closest is {short} short on {TIGHT} at {found['moment']}"
     assert told[-len(changes) :] == [f"    {change}" for change in found["advice"]]
+    forced = plan(capsys, *request, "--force")
+    assert forced["feasible"] is False
+    assert forced["cards"][0]["predicted_peak_bytes"] + forced["cards"][0]["outside_bytes"] == found["needed_bytes"]
+
+
+TIGHT = "cpu:320MiB"
+"""Too small for two images of 512x1024."""
 
 
 @pytest.mark.parametrize(
@@ -57,7 +140,24 @@ def test_when_nothing_fits_words_and_json_say_by_how_much_where_and_what_would(c
         ([MINI, "--image", "100x128", "--cards", "cpu:1GiB"], "multiples of 64"),
         ([MINI, "--image", "64", "--cards", "cpu:1GiB"], "HEIGHTxWIDTH"),
         ([MINI, "--image", "64x128", "--cards", "gtx107"], "unknown card 'gtx107'; did you mean gtx1070?"),
-        ([MINI, "--image", "64x128", "--cards", "cpu:100MiB"], "cpu:100MiB"),
+        ([MINI, "--image", "64x128", "--cards", "cpu:1MiB"], "cpu:1MiB"),
+        ([*SMALL, "--cards", "cpu:0GiB"], "more than 0 bytes"),
+        ([*SMALL, "--cards", "cpu:1GiB,gtx1070"], "must all be CUDA cards or all CPU cards"),
+        ([*SMALL, *TWO, "--strategy", "split", "--precision", "bfloat16"], "a split computes in float32"),
+        ([*SMALL, *TWO, "--micro-batches", "2"], "micro-batches need norm frozen"),
+        ([*SMALL, *TWO, "--cut", "transition9"], "unknown segment 'transition9'"),
+        ([*SMALL, *TWO, "--cut", "block2", "--strategy", "single"], "a cut is of a split"),
+        ([*SMALL, *TWO, "--nnodes", "3"], "2 cards for 3 machines"),
+        ([*SMALL, *TWO, "--network", "1GB/s"], "give --nnodes too"),
+        ([*SMALL, *TWO, "--nnodes", "2", "--network", "fast"], "a size per second"),
+        ([*SMALL, *TWO, "--recompute", "some"], "--recompute takes none,norms,units,segment"),
+        ([*SMALL, *TWO, "--offer", "cards"], "--offer takes precision,batch,accumulation"),
+        ([*SMALL, *TWO, "--max-batch"], "leave out --batch"),
+        ([*SMALL, "--cards", "any", "--max-image"], "name the cards"),
+        ([*SMALL, "--cards", "any", "--force"], "name the cards"),
+        ([*SMALL, *TWO, "--max-image", "--force"], "look for one that does"),
+        ([*SMALL, *TWO, "-o", "/nowhere/plan.json"], "-o must name a file in a folder that exists"),
+        ([*SMALL, *TWO, "--html", "/"], "--html must name a file"),
     ],
 )
 def test_bad_input_is_refused_in_one_message(arguments, told, capsys):
@@ -68,13 +168,18 @@ def test_bad_input_is_refused_in_one_message(arguments, told, capsys):
     assert told in printed.err
 
 
-@pytest.mark.parametrize("option", [("--precision", "bfloat16"), ("--norm", "synced")])
-def test_a_split_that_cannot_be_is_refused_before_anything_is_profiled(option, capsys, monkeypatch):
+def test_a_batch_must_be_asked_for(capsys):
+    assert main(["plan", *SMALL, "--cards", "cpu:1GiB"]) == 2
+    assert "give --batch 2, or --max-batch" in capsys.readouterr().err
+
+
+def test_what_cannot_be_is_refused_before_anything_is_profiled(capsys, monkeypatch):
     monkeypatch.setattr("memseg.profiling.costs.model_costs", lambda *_, **__: pytest.fail("it was profiled"))
+    monkeypatch.setattr("memseg.profiling.cost_cache.model_costs", lambda *_, **__: pytest.fail("it was profiled"))
     split = ["--cards", "cpu:4GiB,cpu:4GiB", "--strategy", "split"]
-    assert main(["plan", MINI, "--image", "64x128", "--batch", "2", *option, *split]) == 2
+    assert main(["plan", *SMALL, "--batch", "2", "--precision", "bfloat16", *split]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("memseg plan: ")
-    assert printed.err.endswith("; take --strategy single\n")
-    assert printed.err.count("\n") == 1
+    assert printed.err == (
+        "memseg plan: a split computes in float32 or float64, got bfloat16; take --strategy single or replicate\n"
+    )

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from memseg.levels import Precision, Recompute
-from memseg.models.objective import Objective
 from memseg.models.segmented import SegmentedModel, SegmentGraph
 from memseg.profiling.jobs.job import Job, OptimizerFactory, fused_adam
 from memseg.profiling.measure import measure_job
@@ -47,7 +46,7 @@ def segmented_job(
     model = build().train()
     model.check_image(image, batch=batch)
     model.set_recompute(recompute)
-    objective = Objective(aux_weight)
+    objective = model.objective(aux_weight)
     images, target = random_batch(model, image, batch)
     return Job(
         name=model.name,
@@ -66,10 +65,10 @@ def segmented_job(
 
 
 def random_batch(model: SegmentedModel, image: tuple[int, int], batch: int) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, H, W), channels-last, in the type of the parameters, and a target (N, H, W), uint8."""
+    """Images (N, 3, H, W), channels-last, in the type of the parameters, and a target of the model's kind."""
     dtype = next(model.parameters()).dtype
     images = torch.randn(batch, 3, *image, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    return images, torch.randint(model.num_classes, (batch, *image), dtype=torch.uint8)
+    return images, model.make_target(batch, image)
 
 
 def profile_step(build: Callable[[], SegmentedModel], *, device: str = "cpu", **step: Any) -> StepProfile:

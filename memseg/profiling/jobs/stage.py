@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from memseg.levels import Recompute
-from memseg.models.objective import Objective
 from memseg.models.segmented import SegmentedModel
 from memseg.profiling.jobs.job import Job, OptimizerFactory, fused_adam
 from memseg.profiling.jobs.segmented import named_layers, random_batch
@@ -51,7 +50,7 @@ def stage_job(
     stage, is_last = model.stage(stages[index]), index == len(stages) - 1
     received, leaving = _crossings(model, stages, images, index)
     gradients = () if is_last else tuple(torch.empty_like(tensor) for tensor in leaving)
-    objective = Objective(aux_weight)
+    objective = model.objective(aux_weight)
 
     def backward(result: Any) -> None:
         if is_last:

@@ -1,0 +1,29 @@
+"""A process group of which only this process is there: what collectives allocate, without anybody to talk to.
+
+torch has a backend that returns from every collective at once, whatever it was given. Here it makes a group that nobody
+is told of: whether the process has a default group, and which, stays as it is.
+"""
+
+import torch
+from torch import distributed
+
+_NAME = "memseg: imagined replicas"
+
+
+def imagined_group(processes: int) -> "distributed.ProcessGroup":
+    """A group of so many processes, this being the first; it lives as long as it is held.
+
+    Args:
+        processes: At least 1.
+
+    What its collectives return is not computed: only shapes, and memory, are as in a real one.
+    """
+    # Where torch has no distributed, nobody asks for a group.
+    from torch._C._distributed_c10d import FakeProcessGroup, FakeStore
+    from torch.distributed.distributed_c10d import GroupName
+
+    group = distributed.ProcessGroup(FakeStore(), 0, processes)
+    backend = FakeProcessGroup._create_internal(0, processes)
+    group._register_backend(torch.device("cpu"), distributed.ProcessGroup.BackendType.CUSTOM, backend)
+    group._set_group_name(GroupName(_NAME))
+    return group
