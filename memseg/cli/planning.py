@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from memseg.cli.console import progress_bar
 from memseg.errors import InputError
 from memseg.levels import NormMode, Precision, Recompute, Strategy
-from memseg.planning import Card, Change, ModelCosts, Plan, Settings, Workload, make_plan
+from memseg.planning import Card, Change, ModelCosts, Plan, Process, Settings, Workload, make_plan
 from memseg.planning.plan import unsplittable
 from memseg.units import format_image
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 """A strategy: whichever is best."""
+_STACK_BYTES = 2 * 2**20
+"""Of a thread where the limit is infinite: glibc's, pthread_create(3), on x86-64."""
 STRATEGIES = (AUTO, *(strategy.value for strategy in Strategy))
 
 
@@ -37,6 +39,7 @@ class PlanRequest:
         accumulation: Passes in each step.
         nodes: Machines, each with an equal part of the cards.
         levels: Of recomputing that may be chosen.
+        loaders: Processes that read data for each card.
 
     Raises:
         InputError: CUDA and CPU cards together.
@@ -56,6 +59,7 @@ class PlanRequest:
         accumulation: int = 1,
         nodes: int = 1,
         levels: Collection[Recompute] = tuple(Recompute),
+        loaders: int = 2,
     ) -> None:
         kinds = sorted({card.kind for card in cards})
         if len(kinds) > 1:
@@ -64,7 +68,7 @@ class PlanRequest:
             )
         self.model, self.num_classes, self.image, self.batch = model, num_classes, image, batch
         self.norm, self.precision, self.aux_weight, self.accumulation = norm, precision, aux_weight, accumulation
-        self.cards, self.nodes, self.levels = cards, nodes, levels
+        self.cards, self.nodes, self.levels, self.loaders = cards, nodes, levels, loaders
         self._kind = kinds[0] if kinds else "cuda"
         self._told_cache = False
 
@@ -109,7 +113,13 @@ class PlanRequest:
         source = partial(
             self._costs, norm=norm or self.norm, precision=precision or self.precision, image=image or self.image
         )
-        return Workload(source, batch or self.batch, accumulation or self.accumulation, levels or self.levels)
+        return Workload(
+            source,
+            batch or self.batch,
+            accumulation or self.accumulation,
+            levels or self.levels,
+            _process(self.loaders) if self._kind == "cpu" else None,
+        )
 
     def largest_image(self, step: int, part: int) -> tuple[int, int]:
         """Of the proportions of the image, `step` parts of it."""
@@ -198,6 +208,23 @@ class PlanRequest:
     def _change(self, description: str, **changed: object) -> Change:
         make: Callable[..., Workload] = self.workload
         return Change(description, partial(make, **changed))
+
+
+def _process(loaders: int) -> Process:
+    """How `memseg train` starts a process on this machine, at most with so many threads."""
+    import os
+    import resource
+
+    from memseg.running.launch import environment
+
+    settings = {**environment(), **os.environ}
+    stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    return Process(
+        threads=int(settings["OMP_NUM_THREADS"]),
+        stack_bytes=_STACK_BYTES if stack == resource.RLIM_INFINITY else stack,
+        mmap_threshold_bytes=int(settings["MALLOC_MMAP_THRESHOLD_"]),
+        loader_threads=loaders,
+    )
 
 
 def add_cards_options(parser: argparse.ArgumentParser, *, required: bool) -> None:

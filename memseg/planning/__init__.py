@@ -5,6 +5,7 @@ from memseg.planning.capacity import Capacity, largest_plan, smallest_cards
 from memseg.planning.cards import Card, known_cards, load_card, parse_cards
 from memseg.planning.costs import IMAGES, LOSS, TARGET, LevelCost, ModelCosts, SegmentCost, Work
 from memseg.planning.memory import Category, Moment, Peak, Stage
+from memseg.planning.outside import Process
 from memseg.planning.plan import Alternative, CardPlan, PlacedSegment, Plan, load_plan, save_plan, unsplittable
 from memseg.planning.planner import Settings, make_plan
 from memseg.planning.strategies import Aim
@@ -29,6 +30,7 @@ __all__ = [
     "Peak",
     "PlacedSegment",
     "Plan",
+    "Process",
     "SegmentCost",
     "Settings",
     "Stage",

@@ -192,10 +192,6 @@ class Stage:
             (segment.levels[level].work for segment, level in zip(self.segments, levels, strict=True)), Work(0, 0)
         )
 
-    def outside_bytes(self, kind: str) -> int:
-        """What the process takes beside the allocator, whatever the levels."""
-        return 0
-
     @cached_property
     def entering(self) -> tuple[SegmentCost, ...]:
         """Makers of the tensors that come from an earlier stage, read here or later."""

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memseg.levels import Schedule, Strategy
+from memseg.planning.card import Card
 from memseg.planning.costs import ModelCosts
 from memseg.planning.memory import Flow, Stage
+from memseg.planning.outside import outside_bytes
 from memseg.planning.path import Leg, Lengths, Matrix, PathProblem, best_path
 from memseg.planning.solver import StageSolver
 from memseg.planning.strategies import (
@@ -182,9 +184,9 @@ class _Attempt(Lengths[Column]):
                 member = leg.machine[replica]
                 card = member.slot.card
                 solver = self._solver(member, leg.first, leg.last, leg.after)
-                room = math.floor(fullness * card.available_bytes) - solver.stage.outside_bytes(card.kind)
-                choice = solver.fastest(card, room) or solver.smallest
-                stages.append(PlacedStage(member.slot, replica, number, member.share, solver.stage, choice))
+                outside = self._outside_bytes(solver, card)
+                choice = solver.fastest(card, math.floor(fullness * card.available_bytes) - outside) or solver.smallest
+                stages.append(PlacedStage(member.slot, replica, number, member.share, solver.stage, choice, outside))
         return stages
 
     def _solver(self, member: Member, first: int, last: int, after: int) -> StageSolver:
@@ -214,7 +216,7 @@ class _Attempt(Lengths[Column]):
         if self._aim is not Aim.SPEED:
             return self._over(solver, solver.smallest.peak.size, member), True
         card = member.slot.card
-        room = card.available_bytes - solver.stage.outside_bytes(card.kind)
+        room = card.available_bytes - self._outside_bytes(solver, card)
         unhurried = solver.unhurried(card)
         if unhurried.peak.size <= room:
             return solver.seconds(card, unhurried), True
@@ -228,10 +230,17 @@ class _Attempt(Lengths[Column]):
         choice = solver.fastest(card, room)
         return (solver.seconds(card, choice), True) if choice else (math.inf, True)
 
+    def _outside_bytes(self, solver: StageSolver, card: Card) -> int:
+        """Beside the allocator, at most: whatever levels are chosen."""
+        process = self._placer.workload.process
+        if process is None or card.kind != "cpu":
+            return 0
+        return outside_bytes(solver.stage.segments, process).total
+
     def _over(self, solver: StageSolver, peak: int, member: Member) -> float:
         """Bytes that are missing, or how full the card gets."""
         card = member.slot.card
-        needed = peak + solver.stage.outside_bytes(card.kind)
+        needed = peak + self._outside_bytes(solver, card)
         return needed - card.available_bytes if self._aim is Aim.CLOSEST else needed / card.available_bytes
 
     def _crossing_bytes(self, share: int) -> NDArray[np.float64]:

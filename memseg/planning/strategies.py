@@ -93,6 +93,8 @@ class PlacedStage:
     """Images of each pass."""
     stage: Stage
     choice: StageChoice
+    outside_bytes: int
+    """What the process takes beside the allocator."""
 
     @property
     def card(self) -> Card:
@@ -108,11 +110,6 @@ class PlacedStage:
     def needed_bytes(self) -> int:
         """The peak, and what the process takes beside the allocator."""
         return self.choice.peak.size + self.outside_bytes
-
-    @property
-    def outside_bytes(self) -> int:
-        """What the process takes beside the allocator."""
-        return self.stage.outside_bytes(self.card.kind)
 
     @property
     def shortfall_bytes(self) -> int:

@@ -12,6 +12,7 @@ from functools import cached_property
 from memseg.errors import InputError
 from memseg.levels import NormMode, Recompute
 from memseg.planning.costs import ModelCosts
+from memseg.planning.outside import Process
 
 CostSource = Callable[[int, int], ModelCosts]
 """(images, replicas) -> costs of one pass of so many images; with several replicas, norms sync over them."""
@@ -28,6 +29,8 @@ class Workload:
     """Passes in each step."""
     levels: Collection[Recompute] = tuple(Recompute)
     """That may be chosen; a segment that has none of them keeps its first."""
+    process: Process | None = None
+    """How processes of CPU cards are started; None leaves out what they take beside the allocator."""
     _parts: dict[tuple[int, int], ModelCosts | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

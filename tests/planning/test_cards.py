@@ -158,7 +158,7 @@ def test_time_is_products_at_one_rate_and_the_rest_at_the_other():
         ("*gtx1070", InputError, "a whole one from 1 to 999, got ''"),
         ("1000*cpu", InputError, "a whole one from 1 to 999, got '1000'"),
         ("2*", UnknownNameError, "unknown card ''"),
-        ("cpu:100MiB", InputError, "larger than what it keeps back, 0.50 GiB"),
+        ("cpu:100MiB", InputError, "larger than what it keeps back, 0.20 GiB"),
         ("nowhere/mine.toml", ProblemsError, "cannot be read as TOML"),
     ],
 )

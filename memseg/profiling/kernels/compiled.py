@@ -2,7 +2,8 @@
 
 oneDNN writes machine code for each shape that it meets, in each direction, and for each reordering of a weight, and
 keeps the last 1024 of them. Every kernel is a private, writable and executable mapping of its own, whatever its length
-(`KERNEL_BYTES`), which the system counts as data. Where all layers differ, as in a dense block, there are many.
+(`memseg.planning.outside.KERNEL_BYTES`), which the system counts as data. Where all layers differ, as in a dense block,
+there are many.
 
 Which shapes there are depends on the level: a rebuilding layer runs 1x1 convolutions over tiles of one size and a rest,
 and in backward multiplies matrices with MKL, which compiles nothing of oneDNN's. With one thread torch does not take
@@ -19,12 +20,6 @@ from torch import Tensor, nn
 
 from memseg.levels import Recompute
 from memseg.nn.layout import band_limit
-
-KERNEL_BYTES = 256 * 2**10
-"""Of the mapping of one kernel, whatever the length of its code: jit_generator.hpp, MAX_CODE_SIZE."""
-SHARED_KERNELS = 32
-"""Once in each process: a table of matrix products that the gradient of the stem's weight makes use of, and the
-engine's own."""
 
 _FEW_IMAGES = 16
 _POINTWISE, _POINTWISE_FORWARD, _OTHER = 2 + 2 + 2 + 3, 2 + 1, 1 + 1 + 1 + 3

@@ -1,6 +1,7 @@
 """What a CPU process takes beside the allocator's peak, by cause."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ from torch import nn
 
 from memseg.levels import Recompute
 from memseg.planning.costs import LevelCost, SegmentCost, Work
-from memseg.profiling.kernels.compiled import KERNEL_BYTES, SHARED_KERNELS, compiled_kernels
-from memseg.profiling.outside import Outside, outside_bytes
+from memseg.planning.outside import KERNEL_BYTES, SHARED_KERNELS, Outside, Process, outside_bytes
+from memseg.profiling.kernels.compiled import compiled_kernels
 
 MIB = 2**20
-PROCESS = {"threads": 1, "stack_bytes": 8 * MIB, "mmap_threshold_bytes": 16 * MIB}
+PROCESS = Process(threads=1, stack_bytes=8 * MIB, mmap_threshold_bytes=16 * MIB)
 
 
 def segment(name, **kernels):
@@ -34,28 +35,28 @@ def test_the_causes_add_up():
 
 
 def test_kernels_are_those_of_the_chosen_levels_and_the_most_where_none_is_chosen():
-    plain, rebuilt, unknown = (outside_bytes(SEGMENTS, levels, **PROCESS) for levels in ([0, 0], [1, 0], None))
+    plain, rebuilt, unknown = (outside_bytes(SEGMENTS, PROCESS, levels) for levels in ([0, 0], [1, 0], None))
     assert plain.kernels_bytes == (SHARED_KERNELS + 48) * KERNEL_BYTES
     assert plain.kernels_bytes - rebuilt.kernels_bytes == 30 * KERNEL_BYTES
     assert unknown == plain
 
 
 def test_every_thread_but_the_first_has_a_stack():
-    four = outside_bytes(SEGMENTS, **{**PROCESS, "threads": 4}, loader_threads=2)
-    assert outside_bytes(SEGMENTS, **PROCESS).stacks_bytes == 0
+    four = outside_bytes(SEGMENTS, replace(PROCESS, threads=4, loader_threads=2))
+    assert outside_bytes(SEGMENTS, PROCESS).stacks_bytes == 0
     assert four.stacks_bytes == (3 + 2) * 8 * MIB
 
 
 def test_operands_are_packed_where_several_threads_rebuild():
-    two = {**PROCESS, "threads": 2}
-    assert outside_bytes(SEGMENTS, [0, 0], **two).products_bytes == 0
-    assert outside_bytes(SEGMENTS, [1, 0], **PROCESS).products_bytes == 0
-    assert outside_bytes(SEGMENTS, [1, 0], **two).products_bytes == 2 * 20 * MIB
+    two = replace(PROCESS, threads=2)
+    assert outside_bytes(SEGMENTS, two, [0, 0]).products_bytes == 0
+    assert outside_bytes(SEGMENTS, PROCESS, [1, 0]).products_bytes == 0
+    assert outside_bytes(SEGMENTS, two, [1, 0]).products_bytes == 2 * 20 * MIB
 
 
 def test_a_lower_mmap_threshold_leaves_smaller_holes():
-    low = outside_bytes(SEGMENTS, **{**PROCESS, "mmap_threshold_bytes": 2 * MIB})
-    assert outside_bytes(SEGMENTS, **PROCESS).heap_bytes == 8 * low.heap_bytes
+    low = outside_bytes(SEGMENTS, replace(PROCESS, mmap_threshold_bytes=2 * MIB))
+    assert outside_bytes(SEGMENTS, PROCESS).heap_bytes == 8 * low.heap_bytes
 
 
 def test_layers_of_one_shape_share_their_kernels():
