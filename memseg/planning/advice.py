@@ -151,5 +151,5 @@ def smallest_fitting(cards: Sequence[Card], place: Callable[[Card], Placement | 
 def _need(placement: Placement) -> str:
     """What the placement needs on the card with the least room."""
     worst = placement.worst_stage
-    need, room = format_bytes(worst.choice.peak.size), format_bytes(worst.card.available_bytes)
+    need, room = format_bytes(worst.needed_bytes), format_bytes(worst.card.available_bytes)
     return f"needs {need} of {room} on {worst.card.name}"

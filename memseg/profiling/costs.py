@@ -22,10 +22,9 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from memseg.levels import NormMode, Precision, Recompute
 from memseg.models.segmented import IMAGES, SegmentedModel
-from memseg.nn import BatchNorm2d
 from memseg.nn.precision import computing
 from memseg.planning.costs import LOSS, TARGET, LevelCost, ModelCosts, SegmentCost, Work
-from memseg.profiling.imagined_group import imagined_group
+from memseg.profiling.imagined_group import imagine_replicas
 from memseg.profiling.jobs.job import OptimizerFactory, fused_adam
 from memseg.profiling.kernels.compiled import compiled_kernels
 from memseg.profiling.step import create_optimizer_state
@@ -93,7 +92,7 @@ def model_costs(
     with FakeTensorMode():
         model = build().train()
         model.check_image(image, batch=batch)
-        _sync(model, replicas)
+        imagine_replicas(model, replicas)
         dtype = next(model.parameters()).dtype
         images = torch.empty(batch, 3, *image, dtype=dtype).contiguous(memory_format=torch.channels_last)
         target = model.make_target(batch, image)
@@ -123,15 +122,6 @@ def model_costs(
         target_bytes=target.nbytes,
         segments=tuple(reversed(costs)),
     )
-
-
-def _sync(model: nn.Module, replicas: int) -> None:
-    """Have the norms sync over so many processes, none of which but this one is there."""
-    if replicas > 1:
-        group = imagined_group(replicas)
-        for module in model.modules():
-            if isinstance(module, BatchNorm2d):
-                module.process_group = group
 
 
 class _Segment:

@@ -5,7 +5,9 @@ is told of: whether the process has a default group, and which, stays as it is.
 """
 
 import torch
-from torch import distributed
+from torch import distributed, nn
+
+from memseg.nn import BatchNorm2d
 
 _NAME = "memseg: imagined replicas"
 
@@ -27,3 +29,12 @@ def imagined_group(processes: int) -> "distributed.ProcessGroup":
     group._register_backend(torch.device("cpu"), distributed.ProcessGroup.BackendType.CUSTOM, backend)
     group._set_group_name(GroupName(_NAME))
     return group
+
+
+def imagine_replicas(model: nn.Module, replicas: int) -> None:
+    """Have a model's norms sync over so many processes, none of which but this one is there."""
+    if replicas > 1:
+        group = imagined_group(replicas)
+        for module in model.modules():
+            if isinstance(module, BatchNorm2d):
+                module.process_group = group

@@ -26,6 +26,7 @@ def stage_job(
     recompute: dict[str, Recompute],
     aux_weight: float = 0.3,
     optimizer: OptimizerFactory = fused_adam,
+    accumulation: int = 1,
 ) -> Job:
     """The step of one stage, in the precision of the parameters.
 
@@ -35,9 +36,10 @@ def stage_job(
         index: Of the stage.
         image: (height, width) of the images.
         batch: Images in the batch.
-        recompute: Level of each segment.
+        recompute: Level of each of the stage's segments.
         aux_weight: Of the objective.
         optimizer: Makes the optimizer.
+        accumulation: Batches to a step.
 
     Raises:
         InputError: the model cannot take images of that size.
@@ -72,6 +74,7 @@ def stage_job(
         optimizer=optimizer([parameter for parameter in stage.parameters() if parameter.requires_grad]),
         levels={name: getattr(module, "levels", (Recompute.NONE,)) for name, module in stage.segments.items()},
         keep_output=True,
+        accumulation=accumulation,
     )
 
 
