@@ -2,21 +2,25 @@
 
 import argparse
 import fcntl
+import hashlib
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memseg.cli.console import add_command, print_columns, print_json
-from memseg.cli.planning import PlanRequest, Strategy, add_cards_options
+from memseg.cli.nodes import add_nodes_options, nodes_of
+from memseg.cli.planning import PlanRequest, add_cards_options
 from memseg.errors import InputError, MemsegError, RunFailedError
 from memseg.units import format_bytes
 
 if TYPE_CHECKING:
     from memseg.data import ClassList, SegmentationDataset
     from memseg.planning import Plan
+    from memseg.running import Nodes
     from memseg.training.recipe import Recipe
 
 
@@ -32,6 +36,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
             "memseg train ldn121_cityscapes --set data.root=/data/cityscapes --cards gtx1070,titanx",
             "memseg train my.toml --set train.batch=4 --plan plan.json --out runs/mine",
             "memseg train --resume runs/mine",
+            "memseg train my.toml --plan plan.json --nnodes 2 --node-rank 0 --master-addr 10.0.0.1",
         ],
     )
     parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a .toml file, or a name memseg recipes lists")
@@ -47,7 +52,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--plan", type=Path, metavar="FILE", help="a plan from memseg plan -o, instead of a new one")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run from its last checkpoint")
+    parser.add_argument("--force", action="store_true", help="run what is predicted not to fit")
     parser.add_argument("--json", action="store_true", help="print one JSON object with the result")
+    add_nodes_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     if bool(args.recipe) == bool(args.resume):
         raise InputError("give either a recipe to begin with, or --resume with the folder of a run")
+    nodes = nodes_of(args)
     if args.resume:
         folder: Path = args.resume
         begun, classes = load_run(folder)
@@ -82,8 +90,19 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and not fresh:
         plan = _stored_plan(folder, recipe, len(dataset.classes.names))
     else:
-        plan = plan_for(recipe, len(dataset.classes.names), args.plan, args.cards, args.strategy)
-    result = train(folder, plan, recipe, dataset.classes)
+        plan = plan_for(
+            recipe,
+            len(dataset.classes.names),
+            args.plan,
+            args.cards,
+            args.strategy,
+            nodes=nodes.count,
+            force=args.force,
+        )
+    _check_places(plan, nodes)
+    if not (plan.feasible or args.force):
+        raise InputError(_why_not(plan))
+    result = train(folder, plan, recipe, dataset.classes, nodes)
     if args.json:
         print_json(result)
     else:
@@ -91,16 +110,41 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def train(folder: Path, plan: "Plan", recipe: "Recipe", classes: "ClassList") -> dict[str, Any]:
+def train(
+    folder: Path, plan: "Plan", recipe: "Recipe", classes: "ClassList", nodes: "Nodes | None" = None
+) -> dict[str, Any]:
     """Carry out a run in its folder, from its last checkpoint where there is one; what its processes found.
+
+    Args:
+        folder: Of the run; with several machines, on a file system that they share. The first of them writes it.
+        plan: What every machine carries out.
+        recipe: Of the run.
+        classes: That it learns.
+        nodes: The machines; None for this one alone.
 
     Raises:
         MemsegError: what stopped it.
         KeyboardInterrupt: the user did.
     """
+    from memseg.cli.worker import ERROR_FILE
     from memseg.planning import save_plan
-    from memseg.training.checkpoint import PLAN_FILE, write_run
+    from memseg.running import Nodes
+    from memseg.training.checkpoint import PLAN_FILE, RESULT_FILE, write_run
 
+    nodes = nodes or Nodes()
+    if not nodes.is_first:
+        return _launch(folder, plan, recipe, nodes)
+    with _locked(folder):
+        write_run(folder, recipe, classes)
+        save_plan(plan, folder / PLAN_FILE)
+        for name in (ERROR_FILE, RESULT_FILE):
+            (folder / name).unlink(missing_ok=True)
+        return _launch(folder, plan, recipe, nodes)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Inside, no other command trains in the folder, which is made if absent."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
@@ -109,28 +153,33 @@ def train(folder: Path, plan: "Plan", recipe: "Recipe", classes: "ClassList") ->
             raise InputError(
                 f"{folder} is being trained by another process; wait for it, or give another --out"
             ) from None
-        write_run(folder, recipe, classes)
-        save_plan(plan, folder / PLAN_FILE)
-        return _launch(folder, plan)
+        yield
 
 
-def _launch(folder: Path, plan: "Plan") -> dict[str, Any]:
+def _launch(folder: Path, plan: "Plan", recipe: "Recipe", nodes: "Nodes") -> dict[str, Any]:
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     from memseg.cli.worker import ERROR_FILE
     from memseg.running import launch
     from memseg.training.checkpoint import RESULT_FILE
 
-    for name in (ERROR_FILE, RESULT_FILE):
-        (folder / name).unlink(missing_ok=True)
-    print(f"training on {', '.join(card.card for card in plan.cards)} in {folder}", file=sys.stderr)
+    mine = [card for card in plan.cards if card.node == nodes.rank]
+    # A split whose micro-batches are one takes turns.
+    at_once = len(mine) if plan.micro_batches > 1 else len({card.replica for card in mine})
+    digest = hashlib.sha256(f"{recipe.to_json()}{plan.to_json()}".encode()).hexdigest()
+    print(f"training on {', '.join(card.card for card in mine)} in {folder}", file=sys.stderr)
     try:
-        code = launch("memseg.cli.worker", [str(folder)], processes=len(plan.cards))
+        code = launch("memseg.cli.worker", [str(folder), digest], processes=len(mine), at_once=at_once, nodes=nodes)
     except (SignalException, KeyboardInterrupt):
         raise KeyboardInterrupt(f"interrupted; go on with memseg train --resume {folder}") from None
+    except ConnectionError as error:
+        raise RunFailedError(
+            f"machine {nodes.rank} of {nodes.count} did not meet the others at {nodes.address}:{nodes.port} ({error}); "
+            "start the same command on all of them, and check the address and that the port is free"
+        ) from None
     if code:
-        error = folder / ERROR_FILE
-        if reason := error.read_text(encoding="utf-8") if error.exists() else "":
+        error_file = folder / ERROR_FILE
+        if reason := error_file.read_text(encoding="utf-8") if error_file.exists() else "":
             raise MemsegError(reason)
         ended = f"was ended by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
         raise RunFailedError(
@@ -142,9 +191,25 @@ def _launch(folder: Path, plan: "Plan") -> dict[str, Any]:
 
 
 def plan_for(
-    recipe: "Recipe", num_classes: int, plan_file: Path | None, cards: str | None, strategy: Strategy | None
+    recipe: "Recipe",
+    num_classes: int,
+    plan_file: Path | None,
+    cards: str | None,
+    strategy: str | None,
+    *,
+    nodes: int = 1,
+    force: bool = False,
 ) -> "Plan":
     """The plan in a file, checked against the recipe, or a new one.
+
+    Args:
+        recipe: What is to be trained.
+        num_classes: That it learns.
+        plan_file: Of the plan; None for a new one.
+        cards: For a new one; None for those of the recipe.
+        strategy: Likewise.
+        nodes: Machines that a new one is for.
+        force: Whether a new one may be one that does not fit.
 
     Raises:
         PlanError: the file's plan was made for something else.
@@ -167,23 +232,48 @@ def plan_for(
         num_classes=num_classes,
         image=recipe.data.image,
         batch=recipe.train.batch,
+        accumulation=recipe.train.accumulation,
         norm=recipe.model.norm,
         precision=recipe.train.precision,
         aux_weight=recipe.loss.aux_weight,
         cards=parse_cards(names),
+        nodes=nodes,
     )
-    return request.plan(strategy or recipe.run.strategy)
+    return request.plan(strategy or recipe.run.strategy, force=force)
 
 
 def print_result(result: dict[str, Any], folder: Path) -> None:
     """Predicted beside measured peaks, and where everything lies."""
-    rows: list[Sequence[str]] = [("card", "predicted peak", "measured peak", "difference")]
+    # What is outside torch's allocator is predicted, where it is, but cannot be measured by it.
+    outside = any(card["outside_bytes"] for card in result["cards"])
+    rows: list[Sequence[str]] = [
+        ("card", "predicted peak", *(["and outside torch"] if outside else []), "measured peak", "difference")
+    ]
     for card in result["cards"]:
         predicted, measured = card["predicted_peak_bytes"], card["measured_peak_bytes"]
         difference = f"{predicted / measured - 1:+.2%}" if measured else "not measured"
-        rows.append((card["card"], format_bytes(predicted), format_bytes(measured), difference))
+        beside = [format_bytes(card["outside_bytes"])] if outside else []
+        rows.append((card["card"], format_bytes(predicted), *beside, format_bytes(measured), difference))
     print_columns(rows)
     print(f"\n{result['steps']} steps, last loss {result['loss']:.4f}; everything lies in {folder}")
+
+
+def _check_places(plan: "Plan", nodes: "Nodes") -> None:
+    """Refuse a plan for other machines than those that take part."""
+    if plan.nodes != nodes.count:
+        raise InputError(
+            f"the plan is for {plan.nodes} machine{'s' if plan.nodes > 1 else ''}, --nnodes says {nodes.count}; "
+            f"give --nnodes {plan.nodes}, or make a plan for {nodes.count}"
+        )
+
+
+def _why_not(plan: "Plan") -> str:
+    """Which card of a plan has the least room, in one line."""
+    card = max(plan.cards, key=lambda one: one.needed_bytes - one.available_bytes)
+    return (
+        f"the plan predicts {format_bytes(card.needed_bytes)} on {card.card}, which has "
+        f"{format_bytes(card.available_bytes)}; --force runs it anyway"
+    )
 
 
 def _check_continues(recipe: "Recipe", begun: "Recipe") -> None:
@@ -220,18 +310,22 @@ def _check_plan(plan: "Plan", recipe: "Recipe", num_classes: int) -> None:
 
     from memseg.errors import PlanError
     from memseg.models import build_model
+    from memseg.nn.precision import parameter_dtype
     from memseg.planning import LOSS, parse_cards
 
     if len({parse_cards(card.card)[0].kind for card in plan.cards}) > 1 or any("," in c.card for c in plan.cards):
         raise PlanError("each card of a plan must be one card, all CUDA or all CPU; make a new one: memseg plan")
     with torch.device("meta"):
-        model = build_model(recipe.model.name)
+        dtype = parameter_dtype(recipe.train.precision)
+        model = build_model(recipe.model.name, num_classes=num_classes, norm=recipe.model.norm, dtype=dtype)
     plan.check_model(
         recipe.model.name,
         [*model.segments, LOSS],
+        parameter_bytes=sum(parameter.nbytes for parameter in model.parameters()),
         num_classes=num_classes,
         image=recipe.data.image,
         batch=recipe.train.batch,
+        accumulation=recipe.train.accumulation,
         norm=recipe.model.norm,
         precision=recipe.train.precision,
     )

@@ -2,6 +2,8 @@
 
 It reads the run folder, takes the card of its rank, and trains. What goes wrong is left in the folder as one line for
 `memseg train` to print, for this process's own output drowns among the others'.
+
+    python -m memseg.cli.worker FOLDER DIGEST     DIGEST of the recipe and plan that its machine was started with
 """
 
 import json
@@ -18,22 +20,28 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from memseg.data import SegmentationDataset
-from memseg.errors import InputError, MemsegError
+from memseg.errors import InputError, MemsegError, PlanError
 from memseg.files import replace_file
 from memseg.inference.evaluate import evaluate
 from memseg.inference.labelling import Framing
+from memseg.levels import NormMode
 from memseg.models import build_model, load_encoder_file
 from memseg.models.objective import Objective
 from memseg.models.segmented import SegmentedModel
+from memseg.nn import BatchNorm2d
 from memseg.nn.precision import parameter_dtype
 from memseg.planning import LOSS, CardPlan, Plan, load_plan, parse_cards
 from memseg.profiling.measure import AllocatorPeak, watch_allocator
 from memseg.running import (
+    Grid,
+    MeanLoss,
     PipelineRunner,
     Runner,
-    SingleRunner,
+    WholeRunner,
     end_with_parent,
     is_out_of_memory,
     lift_memory_limit,
@@ -47,18 +55,20 @@ from memseg.units import format_bytes, format_seconds
 ERROR_FILE = "error.txt"
 _MEASURED_STEPS = 2
 """Peaks are measured over building the model and these steps: the second is the steady state."""
+_PATIENCE = timedelta(hours=2)
+"""How long processes wait for one that evaluates, or writes to a slow disk."""
 
 
 def main() -> int:
     """Run this rank; 0, or 2 with the reason in the run folder."""
     end_with_parent()
-    folder = Path(sys.argv[1])
-    rank = int(os.environ["RANK"])
+    folder, digest, rank = Path(sys.argv[1]), sys.argv[2], int(os.environ["RANK"])
     card = None
     try:
+        store = _meet(digest)
         plan = load_plan(folder / PLAN_FILE)
         card = plan.cards[rank]
-        _train(folder, plan, card, rank)
+        _train(folder, plan, card, store)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -67,39 +77,76 @@ def main() -> int:
             raise
         # Where another process has said why already, this one has only lost its peer.
         if message is not None:
-            _leave_error(folder, message)
+            _leave_error(folder, message, rank)
         return 2
     return 0
 
 
-def _train(folder: Path, plan: Plan, card: CardPlan, rank: int) -> None:
-    recipe, classes = load_run(folder)
+def _meet(digest: str) -> Store:
+    """Wait for all processes of the run, and compare what their machines were started with; where they met.
+
+    Raises:
+        PlanError: not all with the same; then all processes raise it.
+    """
+    store: Store
+    store, rank, world_size = next(rendezvous("env://", timeout=_PATIENCE))
+    store.set(f"memseg/plan/{rank}", f"{os.environ['GROUP_RANK']} {digest}")
+    told = [store.get(f"memseg/plan/{one}").decode().split() for one in range(world_size)]
+    others = sorted({int(node) for node, other in told if other != told[0][1]})
+    if others:
+        raise PlanError(
+            f"all machines must have the same recipe and plan, but machine {', '.join(map(str, others))} has others "
+            "than machine 0; give the same command everywhere, with a plan made once: memseg plan ... -o plan.json"
+        )
+    return store
+
+
+def _train(folder: Path, plan: Plan, card: CardPlan, store: Store) -> None:
+    recipe, _ = load_run(folder)
     device = _device(card)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    # A process alone talks to nobody but itself, which NCCL would take memory for.
+    cuda = device.type == "cuda" and len(plan.cards) > 1
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=len(plan.cards),
+        timeout=_PATIENCE,
+        device_id=device if cuda else None,
+    )
     limit_memory(device, card.capacity_bytes)
+    grid = Grid.of(plan.ranks, device)
+    reports = grid.replica == 0 and grid.is_last
     progress = _StepBar()
     with ExitStack() as measuring, progress:
         peak = measuring.enter_context(watch_allocator(device))
         torch.manual_seed(recipe.train.seed)
-        dtype = parameter_dtype(recipe.train.precision)
-        model = build_model(recipe.model.name, num_classes=len(classes.names), norm=recipe.model.norm, dtype=dtype)
-        if recipe.model.encoder_weights:
-            load_encoder_file(model, recipe.model.encoder_weights)
+        model = _model(plan, recipe, grid)
         model.to(device)
         encoder = model.encoder
-        runner = _runner(model, plan, recipe, device)
+        runner = _runner(model, plan, card, recipe, grid, device)
         del model
         optimizer = make_optimizer(recipe, runner.module, encoder)
+        # One replica scores; the others have the same weights.
+        scores = recipe.train.evaluate_every and grid.replica == 0
         hooks = Hooks(
             stepped=progress.stepped,
             steps_done=lambda count: measuring.close() if count == _MEASURED_STEPS else None,
-            evaluate=_evaluation(recipe, runner, device) if recipe.train.evaluate_every else None,
+            evaluate=_evaluation(recipe, runner, device, reports=reports) if scores else None,
         )
         trainer = Trainer(
-            recipe, runner, optimizer, recipe.data.open("train"), folder=folder, device=device, hooks=hooks
+            recipe,
+            runner,
+            optimizer,
+            recipe.data.open("train"),
+            folder=folder,
+            device=device,
+            share=slice(sum(plan.shares[: grid.replica]), sum(plan.shares[: grid.replica + 1])),
+            reports=reports,
+            hooks=hooks,
         )
         report = trainer.run()
-    _write_result(folder, plan, trainer.total_steps, report, peak, rank)
+    _write_result(folder, plan, trainer.total_steps, report, peak)
     dist.destroy_process_group()
 
 
@@ -107,26 +154,56 @@ def _device(card: CardPlan) -> torch.device:
     (parsed,) = parse_cards(card.card)
     if parsed.kind == "cpu":
         return torch.device("cpu")
-    local = int(os.environ["LOCAL_RANK"])
-    if local >= torch.cuda.device_count():
+    if card.position >= torch.cuda.device_count():
         raise InputError(
-            f"the plan needs a CUDA device for {card.card}, this machine has {torch.cuda.device_count()}; "
-            "rehearse it with --cards cpu:8GiB"
+            f"the plan needs CUDA device {card.position} for {card.card}, this machine has {torch.cuda.device_count()};"
+            " rehearse it with --cards cpu:8GiB"
         )
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    device = torch.device("cuda", card.position)
+    torch.cuda.set_device(device)
+    return device
 
 
-def _runner(model: SegmentedModel, plan: Plan, recipe: Recipe, device: torch.device) -> Runner:
-    objective = Objective(recipe.loss.aux_weight)
-    stages = [[segment.name for segment in card.segments if segment.name != LOSS] for card in plan.cards]
-    model.set_recompute(
-        {segment.name: segment.recompute for card in plan.cards for segment in card.segments if segment.name != LOSS}
+def _model(plan: Plan, recipe: Recipe, grid: Grid) -> SegmentedModel:
+    """The whole model with fresh or pretrained weights, the same in every process."""
+    # With one replica there is nothing to sync, and the default group is that of the stages.
+    synced = plan.trained_norm is NormMode.SYNCED and grid.across is not None
+    norm = NormMode.BATCH if plan.trained_norm is NormMode.SYNCED and not synced else plan.trained_norm
+    dtype = parameter_dtype(recipe.train.precision)
+    model = build_model(plan.model, num_classes=plan.num_classes, norm=norm, dtype=dtype)
+    if recipe.model.encoder_weights:
+        load_encoder_file(model, recipe.model.encoder_weights)
+    if synced:
+        for module in model.modules():
+            if isinstance(module, BatchNorm2d):
+                module.process_group = grid.across
+    return model
+
+
+def _runner(
+    model: SegmentedModel, plan: Plan, card: CardPlan, recipe: Recipe, grid: Grid, device: torch.device
+) -> Runner:
+    model.set_recompute({segment.name: segment.recompute for segment in card.segments if segment.name != LOSS})
+    height, width = plan.image
+    parts = plan.replicas * plan.micro_batches * plan.accumulation
+    loss = MeanLoss(
+        Objective(recipe.loss.aux_weight),
+        pixels=plan.batch * plan.accumulation * height * width if parts > 1 else None,
+        replicas=plan.replicas,
+        device=device,
     )
-    if plan.strategy == "single":
-        return SingleRunner(model, objective, recipe.train.precision)
+    if not plan.strategy.splits:
+        return WholeRunner(model, loss, grid=grid, accumulation=plan.accumulation, precision=plan.precision)
     return PipelineRunner(
-        model, stages, objective, batch_shape=(recipe.train.batch, 3, *recipe.data.image), device=device
+        model,
+        [[name for name in stage if name != LOSS] for stage in plan.stages],
+        loss,
+        grid=grid,
+        micro_batch_shape=(card.batch_share // plan.micro_batches, 3, height, width),
+        micro_batches=plan.micro_batches,
+        schedule=plan.schedule,
+        accumulation=plan.accumulation,
+        device=device,
     )
 
 
@@ -155,12 +232,12 @@ class _RunningModel:
         return self._runner.coarse_outputs(images)
 
 
-def _evaluation(recipe: Recipe, runner: Runner, device: torch.device) -> Callable[[], Score]:
+def _evaluation(recipe: Recipe, runner: Runner, device: torch.device, *, reports: bool) -> Callable[[], Score]:
     dataset: SegmentationDataset = recipe.data.open("val")
 
     def score() -> Score:
         result = evaluate(_RunningModel(runner), dataset, device=device, framing=Framing.of(recipe.data))
-        if runner.knows_loss:
+        if reports:
             print(f"val mIoU {result.miou:.2%}, pixel accuracy {result.pixel_accuracy:.2%}", file=sys.stderr)
         return Score(result.miou, result.pixel_accuracy)
 
@@ -193,7 +270,7 @@ class _StepBar:
         self._bar.stop()
 
     def stepped(self, report: StepReport) -> None:
-        """Show a step; called on the process that knows the loss, so that only one of them draws."""
+        """Show a step; called in the process that reports, so that only one of them draws."""
         self._bar.update(self._task, completed=report.step, total=report.total_steps, loss=report.loss, visible=True)
         now = time.monotonic()
         last = report.step == report.total_steps
@@ -217,38 +294,40 @@ def _in_one_line(error: Exception, card: CardPlan | None) -> str | None:
     return None
 
 
-def _leave_error(folder: Path, message: str) -> None:
+def _leave_error(folder: Path, message: str, rank: int) -> None:
     """The first process to fail says why; those that fail after it only lost their peer."""
     lift_memory_limit()
+    mine = folder / f".{ERROR_FILE}.{rank}"
+    mine.write_text(message, encoding="utf-8")
     try:
-        with (folder / ERROR_FILE).open("x", encoding="utf-8") as file:
-            file.write(message)
+        # There at once and whole: another machine may be looking.
+        os.link(mine, folder / ERROR_FILE)
     except FileExistsError:
         return
+    finally:
+        mine.unlink()
 
 
-def _write_result(
-    folder: Path, plan: Plan, total_steps: int, report: StepReport | None, peak: AllocatorPeak, rank: int
-) -> None:
-    """Gather what each process knows; the first one writes the run's result."""
-    known: list[tuple[int, StepReport | None]] = [(0, None)] * dist.get_world_size()
-    dist.all_gather_object(known, (peak.peak_bytes, report))
-    if rank:
-        return
-    last = next((found for _, found in known if found), None)
-    result = {
-        "steps": total_steps,
-        "loss": last.loss if last else None,
-        "cards": [
-            {
-                "card": card.card,
-                "predicted_peak_bytes": card.predicted_peak_bytes,
-                "measured_peak_bytes": measured,
-            }
-            for card, (measured, _) in zip(plan.cards, known, strict=True)
-        ],
-    }
-    replace_file(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+def _write_result(folder: Path, plan: Plan, total_steps: int, report: StepReport | None, peak: AllocatorPeak) -> None:
+    """Gather what each process measured; the first one writes the run's result, for all machines to read."""
+    measured = [0] * len(plan.cards)
+    dist.all_gather_object(measured, peak.peak_bytes)
+    if dist.get_rank() == 0:
+        result = {
+            "steps": total_steps,
+            "loss": report.loss if report else None,
+            "cards": [
+                {
+                    "card": card.card,
+                    "predicted_peak_bytes": card.predicted_peak_bytes,
+                    "outside_bytes": card.outside_bytes,
+                    "measured_peak_bytes": measured_bytes,
+                }
+                for card, measured_bytes in zip(plan.cards, measured, strict=True)
+            ],
+        }
+        replace_file(folder / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+    dist.barrier()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The state of a run on disk, by parameter name: written by any number of processes, read by any other number.
 
 torch.distributed.checkpoint does the work: each process writes what it has, and a process that reads says what it
-wants. A checkpoint appears under its name in one rename, after every process has written and synced its part; a run
+wants; what several have, as replicas do, one of them writes. So a run can be resumed on other cards, by another
+strategy. A checkpoint appears under its name in one rename, after every process has written and synced its part; a run
 that is killed while saving leaves a `.part` folder, and the checkpoint before it untouched.
 
     RUN/checkpoints/step-00000150/   tensors `model.NAME` and `optimizer.NAME.exp_avg`, ..., and `step`

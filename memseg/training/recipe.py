@@ -201,7 +201,9 @@ class TrainConfig(StrictModel):
     """The loop: what a step takes, and what is written when."""
 
     batch: int = Field(2, gt=0)
-    """Images per optimizer step, over all cards."""
+    """Images per pass, over all cards."""
+    accumulation: int = Field(1, gt=0)
+    """Passes per optimizer step, whose gradients are added up; batch norm sees the batch of each pass."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Decides initial weights, the order of images, flips and crops."""
     workers: int = Field(2, ge=0)
@@ -223,8 +225,9 @@ class RunConfig(StrictModel):
 
     cards: Text | None = None
     """Cards as on the command line, such as "cpu:8GiB,cpu:12GiB"; left out, the command line must name them."""
-    strategy: Literal["auto", "single", "split"] = "auto"
-    """The whole network on a `single` card, `split` over consecutive cards, or whichever is predicted to be faster."""
+    strategy: Literal["auto", "single", "split", "replicate", "replicate-split"] = "auto"
+    """The whole network on a `single` card, `split` over consecutive cards, with `replicate` on each card with a share
+    of the batch, several splits with `replicate-split`, or whichever is predicted to be fastest."""
 
 
 class Recipe(StrictModel):

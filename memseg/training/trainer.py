@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -18,7 +19,7 @@ from memseg.data import SegmentationDataset, TrainingView
 from memseg.errors import InputError, MemsegError, PlanError
 from memseg.nn.precision import parameter_dtype
 from memseg.profiling.step import create_optimizer_state
-from memseg.running import Runner
+from memseg.running import Batch, Runner
 from memseg.training.checkpoint import checkpoint_folders, load_checkpoint, save_checkpoint
 from memseg.training.log import MetricsLog
 from memseg.training.recipe import Recipe
@@ -27,7 +28,7 @@ from memseg.training.schedule import poly_lr
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is known after a step, on the process that knows the loss."""
+    """What is known after a step, in every process."""
 
     step: int
     total_steps: int
@@ -49,11 +50,12 @@ class Hooks:
     """What a trainer tells others, and asks of them."""
 
     stepped: Callable[[StepReport], None] = lambda report: None
-    """After every step, where the loss is known."""
+    """After every step, in the process that reports."""
     steps_done: Callable[[int], None] = lambda count: None
     """After every step, on every process: how many this call of `run` has done."""
     evaluate: Callable[[], Score] | None = None
-    """Scores the validation split; called by every process at once, the module in eval mode."""
+    """Scores the validation split, the module in eval mode; called at once by all processes that have it, while others
+    wait. What it returns counts in the process that reports."""
 
 
 def make_optimizer(recipe: Recipe, module: nn.Module, encoder: tuple[str, ...]) -> torch.optim.Optimizer:
@@ -84,15 +86,17 @@ def make_optimizer(recipe: Recipe, module: nn.Module, encoder: tuple[str, ...]) 
 
 
 def training_length(recipe: Recipe, images: int) -> tuple[int, int]:
-    """Steps of an epoch, and of the whole run.
+    """Steps of an epoch, which leaves out what is no whole step, and of the whole run.
 
     Raises:
-        InputError: the data set has fewer images than a batch.
+        InputError: the data set has fewer images than a step.
     """
-    steps_per_epoch = images // recipe.train.batch
+    batch, accumulation = recipe.train.batch, recipe.train.accumulation
+    steps_per_epoch = images // (batch * accumulation)
     if steps_per_epoch == 0:
+        passes = f" and train.accumulation {accumulation}" if accumulation > 1 else ""
         raise InputError(
-            f"a batch must not hold more images than the training split: train.batch is {recipe.train.batch}, "
+            f"a step must not take more images than the training split has: train.batch is {batch}{passes}, "
             f"there are {images} images"
         )
     if recipe.schedule.steps is not None:
@@ -111,6 +115,8 @@ class Trainer:
         dataset: The training split.
         folder: The run folder.
         device: Of this process.
+        share: Which images of each pass this process's replica takes.
+        reports: Whether this process keeps the log, as exactly one does.
         hooks: Who is told.
     """
 
@@ -123,13 +129,16 @@ class Trainer:
         *,
         folder: Path,
         device: torch.device,
+        share: slice,
+        reports: bool,
         hooks: Hooks,
     ) -> None:
         self._recipe, self._runner, self._optimizer = recipe, runner, optimizer
         self._folder, self._device, self._hooks = folder, device, hooks
+        self._share, self._reports = share, reports
         self._dtype = parameter_dtype(recipe.train.precision)
         parts = {"image"} if runner.reads_images else set()
-        parts |= {"target"} if runner.knows_loss else set()
+        parts |= {"target"} if runner.reads_target else set()
         self._images = len(dataset)
         self._view = (
             TrainingView(
@@ -146,9 +155,11 @@ class Trainer:
         )
         """What this process reads of each image; None between the first card of a split and the last."""
         self._steps_per_epoch, self.total_steps = training_length(recipe, len(dataset))
+        self._reading_s = 0.0
+        """Of the current step: what it waited for its images and targets."""
 
     def run(self) -> StepReport | None:
-        """Train from the last checkpoint, or from the beginning, to the end; the last step's report, where known.
+        """Train from the last checkpoint, or from the beginning, to the end; the last step's report, if any was done.
 
         Raises:
             CheckpointError: the last checkpoint cannot be read.
@@ -159,75 +170,77 @@ class Trainer:
         if checkpoints := checkpoint_folders(self._folder):
             create_optimizer_state(self._optimizer)
             step = load_checkpoint(checkpoints[-1], self._runner.module, self._optimizer, self._runner.scaler)
-        log = MetricsLog(self._folder, resume_step=step) if self._runner.knows_loss else None
+        log = MetricsLog(self._folder, resume_step=step) if self._reports else None
         started_at, report = step, None
         try:
             while step < self.total_steps:
                 epoch, position = divmod(step, self._steps_per_epoch)
-                for batch in self._batches(epoch, position):
-                    report = self._step(step, batch)
+                passes = self._passes(epoch, position)
+                for _ in range(min(self._steps_per_epoch - position, self.total_steps - step)):
+                    report = self._step(step, passes)
                     step += 1
                     self._hooks.steps_done(step - started_at)
-                    if report:
+                    if self._reports:
                         self._hooks.stepped(report)
-                    if log and report and (step % self._recipe.train.log_every == 0 or step == self.total_steps):
+                    if log and (step % self._recipe.train.log_every == 0 or step == self.total_steps):
                         log.write(step, {"loss": report.loss, "lr": report.lr, "step_seconds": report.seconds})
                     # Before the checkpoint: a run that is killed meanwhile is evaluated when it goes on.
                     self._evaluate(step, log)
                     if step == self.total_steps or step % self._recipe.train.checkpoint_every == 0:
                         self._save(step)
-                    if step == self.total_steps:
-                        break
         finally:
             if log:
                 log.close()
         return report
 
-    def _step(self, step: int, batch: dict[str, Tensor]) -> StepReport | None:
-        started = time.perf_counter()
+    def _step(self, step: int, passes: Iterator[Batch]) -> StepReport:
+        started, self._reading_s = time.perf_counter(), 0.0
         lr = poly_lr(self._recipe.optimizer.lr, step, self.total_steps, self._recipe.schedule.poly_power)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        self._optimizer.zero_grad(set_to_none=True)
         self._runner.module.train()
-        # Popped, so that where these are copies the batch itself is free during the step.
-        images = None
-        if "image" in batch:
-            images = batch.pop("image").to(self._device, self._dtype, memory_format=torch.channels_last)
-        target = batch.pop("target").to(self._device) if "target" in batch else None
-        loss = self._runner.step(images, target)
-        if loss is not None and not math.isfinite(loss.item()):
+        loss = self._runner.step(passes)
+        if not math.isfinite(loss):
             raise MemsegError(
-                f"the loss must stay finite, it is {loss.item()} at step {step + 1}; "
+                f"the loss must stay finite, it is {loss} at step {step + 1}; "
                 f"try a lower optimizer.lr than {self._recipe.optimizer.lr}"
             )
         self._runner.scaler.step(self._optimizer)
         self._runner.scaler.update()
-        if loss is None:
-            return None
-        return StepReport(step + 1, self.total_steps, loss.item(), lr, time.perf_counter() - started)
+        return StepReport(step + 1, self.total_steps, loss, lr, time.perf_counter() - started - self._reading_s)
 
-    def _batches(self, epoch: int, position: int) -> Iterator[dict[str, Tensor]]:
-        """The batches of an epoch from `position` on; empty ones where this process reads neither part."""
-        batch = self._recipe.train.batch
+    def _passes(self, epoch: int, position: int) -> Iterator[Batch]:
+        """What this process reads, pass by pass, from a step of an epoch on; each is read when it is asked for."""
+        batch, accumulation = self._recipe.train.batch, self._recipe.train.accumulation
         generator = torch.Generator().manual_seed(self._recipe.train.seed * 1_000_003 + epoch)
         order = torch.randperm(self._images, generator=generator).tolist()
-        starts = range(position * batch, self._steps_per_epoch * batch, batch)
-        wanted = [order[start : start + batch] for start in starts]
+        starts = range(position * accumulation * batch, self._steps_per_epoch * accumulation * batch, batch)
+        wanted = [order[start : start + batch][self._share] for start in starts]
         if self._view is None:
-            yield from ({} for _ in wanted)
+            yield from (Batch(None, None) for _ in wanted)
             return
         self._view.set_epoch(epoch)
-        loader = DataLoader(self._view, batch_sampler=wanted, num_workers=self._recipe.train.workers)
-        batches = iter(loader)
+        batches = iter(DataLoader(self._view, batch_sampler=wanted, num_workers=self._recipe.train.workers))
         for indices in wanted:
+            started = time.perf_counter()
             try:
-                yield next(batches)
+                loaded = next(batches)
             except RuntimeError:
                 # A loading process can hand over the text of an error only; here the error itself is raised again.
                 for index in indices:
                     self._view[index]
                 raise
+            self._reading_s += time.perf_counter() - started
+            yield self._placed(loaded)
+
+    def _placed(self, loaded: dict[str, Tensor]) -> Batch:
+        """On this process's device; taken out of `loaded`, so that where these are copies nothing else stays."""
+        images = target = None
+        if "image" in loaded:
+            images = loaded.pop("image").to(self._device, self._dtype, memory_format=torch.channels_last)
+        if "target" in loaded:
+            target = loaded.pop("target").to(self._device)
+        return Batch(images, target)
 
     def _save(self, step: int) -> None:
         save_checkpoint(
@@ -241,10 +254,12 @@ class Trainer:
 
     def _evaluate(self, step: int, log: MetricsLog | None) -> None:
         every = self._recipe.train.evaluate_every
-        due = every and step % (every * self._steps_per_epoch) == 0
-        if not self._hooks.evaluate or not (due or (every and step == self.total_steps)):
+        if not every or not (step % (every * self._steps_per_epoch) == 0 or step == self.total_steps):
             return
-        self._runner.module.eval()
-        score = self._hooks.evaluate()
-        if log:
-            log.write(step, {"miou": score.miou, "pixel_accuracy": score.pixel_accuracy})
+        if self._hooks.evaluate:
+            self._runner.module.eval()
+            score = self._hooks.evaluate()
+            if log:
+                log.write(step, {"miou": score.miou, "pixel_accuracy": score.pixel_accuracy})
+        # The patience of the whole group is the longest; those that have nothing to score wait here.
+        dist.barrier()

@@ -25,14 +25,18 @@ def computes(precision):
     return True
 
 
-@pytest.fixture(scope="module", params=[Precision.BFLOAT16, Precision.FLOAT16])
+@pytest.fixture(
+    scope="module",
+    params=[(Precision.BFLOAT16, (2,)), (Precision.FLOAT16, (2,)), (Precision.FLOAT16, (1, 1))],
+    ids=lambda param: f"{param[0]}, {len(param[1])} replicas",
+)
 def run(request, tmp_path_factory):
     """(precision, run folder) of STEPS steps, everything rebuilt, a checkpoint after each two."""
-    precision = request.param
+    precision, shares = request.param
     if not computes(precision):
         pytest.skip(f"convolutions on this CPU do not take {precision}")
     folder = tmp_path_factory.mktemp(precision)
-    plan = hand_written_plan(folder / "plan.json", 1, recompute=Recompute.UNITS, precision=precision)
+    plan = hand_written_plan(folder / "plan.json", shares=shares, recompute=Recompute.UNITS, precision=precision)
     return precision, train(folder / "run", *streets(STEPS, precision=precision), "--plan", plan)
 
 

@@ -30,3 +30,22 @@ def test_a_run_that_its_card_cannot_hold_ends_with_one_clear_line(tmp_path):
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("memseg train: cpu:4GiB: the memory of this card ran out, 0.20 GiB; the plan predicted 0 B")
+
+
+def test_a_plan_that_does_not_fit_is_run_only_by_force(tmp_path):
+    plan = hand_written_plan(
+        tmp_path / "plan.json", 1, capacity=200 * 2**20, image=(1024, 2048), predicted=3 * 2**30, feasible=False
+    )
+    line = ["train", *streets(2), "--set", "data.image=1024x2048", "--plan", plan, "--out", tmp_path / "run"]
+    refused = memseg(*line)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.splitlines() == [
+        "memseg train: the plan predicts 3.00 GiB on cpu:4GiB, which has 0.20 GiB; --force runs it anyway"
+    ]
+    assert not (tmp_path / "run").exists()
+    forced = memseg(*line, "--force")
+    assert (forced.returncode, forced.stdout) == (2, "")
+    assert "Traceback" not in forced.stderr
+    last = forced.stderr.splitlines()[-1]
+    told = "memseg train: cpu:4GiB: the memory of this card ran out, 0.20 GiB; the plan predicted 3.00 GiB"
+    assert last.startswith(told)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import command, environment, hand_written_plan, largest_difference, memseg, streets
+from processes import command, environment, hand_written_plan, largest_difference, memseg, streets, train
 
 from memseg.levels import Recompute
 from memseg.training.checkpoint import checkpoint_folders, load_run
@@ -74,3 +74,18 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(cards, tolerance
     expected = [record["loss"] for record in read_metrics(split_run)]
     assert [record["loss"] for record in losses] == pytest.approx(expected, abs=1e-9)
     assert [path.name for path in (run / "checkpoints").iterdir() if path.suffix == ".part"] == []
+
+
+def test_a_run_of_replicas_goes_on_in_one_process(single_run, tmp_path):
+    steps = load_run(single_run)[0].schedule.steps
+    every = ["--set", f"train.keep_checkpoints={steps}"]
+    replicas = hand_written_plan(tmp_path / "replicas.json", shares=(1, 1), recompute=Recompute.UNITS)
+    run = train(tmp_path / "run", *streets(steps), *every, "--plan", replicas)
+    first, *later = checkpoint_folders(run)
+    assert first.name == "step-00000002"
+    for folder in later:
+        shutil.rmtree(folder)
+    done = memseg("train", "--resume", run, "--plan", hand_written_plan(tmp_path / "one.json"))
+    assert done.returncode == 0, done.stderr
+    assert checkpoint_folders(run)[-1].name == f"step-{steps:08d}"
+    assert largest_difference(run, single_run) < 1e-9

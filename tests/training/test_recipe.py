@@ -5,9 +5,10 @@ import json
 import pytest
 
 from memseg.data import Fit
-from memseg.errors import RecipeError, UnknownNameError
+from memseg.errors import InputError, RecipeError, UnknownNameError
 from memseg.resources import shipped_folder
 from memseg.training.recipe import load_recipe, override_recipe, parse_recipe
+from memseg.training.trainer import training_length
 
 SHIPPED = sorted(shipped_folder("recipes").rglob("*.toml"))
 
@@ -114,6 +115,31 @@ def test_overrides_take_toml_values_and_bare_text():
     assert (recipe.train.batch, str(recipe.data.root), recipe.data.flip) == (1, "else where/camvid", False)
     assert (recipe.optimizer.betas, recipe.run.cards) == ((0.5, 0.9), "cpu:8GiB,cpu:12GiB")
     assert (recipe.data.image, recipe.name) == ((192, 256), "quoted")
+
+
+def test_passes_are_counted_and_every_strategy_can_be_asked_for():
+    recipe = load_recipe("camvid_mini", ["train.accumulation=3", "run.strategy=replicate-split"])
+    assert (recipe.train.accumulation, recipe.run.strategy) == (3, "replicate-split")
+    assert load_recipe("camvid_mini").train.accumulation == 1
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("camvid_mini", ["train.accumulation=0", "run.strategy=replicated"])
+    assert caught.value.problems == [
+        "train.accumulation: must be greater than 0, got 0",
+        "run.strategy: must be auto, single, split, replicate or replicate-split, got 'replicated'; "
+        "did you mean replicate?",
+    ]
+
+
+@pytest.mark.parametrize(("accumulation", "expected"), [(1, (12, 24)), (4, (3, 6)), (5, (2, 4))])
+def test_an_epoch_leaves_out_what_is_no_whole_step(accumulation, expected):
+    settings = ["train.batch=8", f"train.accumulation={accumulation}", "schedule.epochs=2"]
+    assert training_length(load_recipe("camvid_mini", settings), 100) == expected
+
+
+def test_a_step_of_more_images_than_there_are_is_refused():
+    recipe = load_recipe("camvid_mini", ["train.batch=8", "train.accumulation=4"])
+    with pytest.raises(InputError, match=r"train\.batch is 8 and train\.accumulation 4, there are 31 images"):
+        training_length(recipe, 31)
 
 
 def test_overriding_steps_replaces_epochs():

@@ -118,7 +118,8 @@ def run_batch(
         output = job.compute()
         with layer(LOSS):
             loss = job.loss(output)
-            if job.accumulation > 1:
+            # What a stage passes on is no loss.
+            if job.accumulation > 1 and isinstance(loss, Tensor):
                 loss = loss / job.accumulation
         if not job.keep_output:
             del output

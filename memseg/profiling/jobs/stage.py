@@ -61,11 +61,18 @@ def stage_job(
             torch.autograd.backward(result, gradients)
 
     reads_images = index == 0
+
+    def compute() -> Any:
+        for tensor in received:
+            # What was sent back of the pass before; pipelining lets go of it as late as now.
+            tensor.grad = None
+        return stage.run(*((images,) if reads_images else received))
+
     inputs = (*((images,) if reads_images else ()), *((target,) if is_last else ()))
     return Job(
         name=f"{model.name}, stage {index + 1} of {len(stages)}",
         model=stage,
-        compute=lambda: stage.run(*((images,) if reads_images else received)),
+        compute=compute,
         loss=lambda outputs: objective(*outputs, target) if is_last else outputs,
         backward=backward,
         inputs=inputs,
