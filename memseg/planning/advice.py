@@ -46,11 +46,11 @@ class NothingFitsError(InfeasiblePlanError):
         self.card = worst.card
         self.needed_bytes = worst.needed_bytes
         self.available_bytes = worst.card.available_bytes
-        self.moment = str(worst.choice.peak.moment)
-        self.layer = worst.choice.peak.moment.segment
+        self.moment = str(worst.peak.moment)
+        self.layer = worst.peak.moment.segment
         """The segment at work at that moment; None in the optimizer step."""
         outside = {"outside": worst.outside_bytes} if worst.outside_bytes else {}
-        self.by_category = worst.choice.peak.by_category | outside
+        self.by_category = worst.peak.by_category | outside
         """What `needed_bytes` is for."""
         self.stage_number = worst.number + 1
         """Of the stage that does not fit, counted from 1."""

@@ -10,18 +10,18 @@ mixed-integer program. `memseg.planning.path` asks for better and better answers
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memseg.levels import Schedule, Strategy
-from memseg.planning.card import Card
+from memseg.levels import NormMode, Schedule, Strategy
 from memseg.planning.costs import ModelCosts
 from memseg.planning.memory import Flow, Stage
 from memseg.planning.outside import outside_bytes
 from memseg.planning.path import Leg, Lengths, Matrix, PathProblem, best_path
-from memseg.planning.solver import StageSolver
+from memseg.planning.solver import Choice, ColumnSolver
 from memseg.planning.strategies import (
     NETWORK_BYTES_PER_SECOND,
     Aim,
@@ -52,6 +52,7 @@ class Placer:
         self.workload, self.network, self.starts = workload, network, tuple(starts)
         self.num_segments = len(workload.whole.segments)
         self.solver = cache(self._new_solver)
+        self.stage = cache(self._new_stage)
 
     def single(self, slot: Slot, aim: Aim) -> Placement | None:
         """Everything on one card."""
@@ -77,14 +78,14 @@ class Placer:
         """A stage on each column, in the best order; None also where there is none better than `limit`."""
         return self._place(Strategy.REPLICATE_SPLIT, columns, pipeline, aim, fewest=len(columns), limit=limit)
 
-    def whole_model(self, slot: Slot, share: int, aim: Aim) -> float:
-        """How long, full or short a card is with a replica of the whole model."""
+    def whole_model(self, members: Column, aim: Aim) -> float:
+        """How long, full or short the worst of some replicas of the whole model is."""
         attempt = _Attempt(self, Strategy.REPLICATE, Pipeline(), aim)
-        if attempt.costs(share) is None:
+        if any(attempt.costs(member.share) is None for member in members):
             return math.inf
         exact, length = False, 0.0
         while not exact:
-            length, exact = attempt.refine((Member(slot, share),), 0, self.num_segments - 1, 0)
+            length, exact = attempt.refine(members, 0, self.num_segments - 1, 0)
         return length
 
     def _place(
@@ -119,10 +120,13 @@ class Placer:
         )
         return attempt.placement(legs) if legs else None
 
-    def _new_solver(self, images: int, replicated: bool, first: int, last: int, flow: Flow) -> StageSolver:
+    def _new_solver(self, images: tuple[int, ...], replicated: bool, first: int, last: int, flow: Flow) -> ColumnSolver:
+        return ColumnSolver([self.stage(count, replicated, first, last, flow) for count in images])
+
+    def _new_stage(self, images: int, replicated: bool, first: int, last: int, flow: Flow) -> Stage:
         costs = self.workload.part(images, replicated=replicated)
         assert costs is not None
-        return StageSolver(Stage(costs, first, last, flow))
+        return Stage(costs, first, last, flow)
 
 
 class _Attempt(Lengths[Column]):
@@ -130,8 +134,10 @@ class _Attempt(Lengths[Column]):
 
     def __init__(self, placer: Placer, strategy: Strategy, pipeline: Pipeline, aim: Aim) -> None:
         self._placer, self._strategy, self._pipeline, self._aim = placer, strategy, pipeline, aim
-        self._relaxed: set[tuple[Member, int, int, Flow]] = set()
+        self._relaxed: set[tuple[Column, int, int, Flow]] = set()
         self._crossing = cache(self._crossing_bytes)
+        # Synced norms speak in each forward and backward, rebuilt ones too.
+        self._alike = strategy.replicates and placer.workload.norm is not NormMode.FROZEN
 
     def costs(self, share: int) -> ModelCosts | None:
         """Of one micro-batch of a share; None where the share cannot be cut so."""
@@ -152,8 +158,12 @@ class _Attempt(Lengths[Column]):
 
     def refine(self, machine: Column, first: int, last: int, after: int) -> tuple[float, bool]:
         """The longest of the column; exact when all are."""
-        answers = [self._refine_member(member, first, last, after) for member in machine]
+        answers = [self._refine_group(group, first, last, after) for group in self._groups(machine)]
         return max(length for length, _ in answers), all(exact for _, exact in answers)
+
+    def _groups(self, machine: Column) -> list[Column]:
+        """Those that must rebuild alike."""
+        return [machine] if self._alike else [(member,) for member in machine]
 
     def between(self, one: Column, other: Column) -> NDArray[np.float64]:
         """[cut] -> seconds there and back of one micro-batch; no part of what is not counted in seconds."""
@@ -178,22 +188,40 @@ class _Attempt(Lengths[Column]):
 
     def _stages(self, legs: Sequence[Leg[Column]], fullness: float) -> list[PlacedStage]:
         """Each with the fastest levels that leave its card no fuller than that, or else with the smallest."""
-        stages = []
-        for replica in range(len(legs[0].machine)):
-            for number, leg in enumerate(legs):
-                member = leg.machine[replica]
-                card = member.slot.card
-                solver = self._solver(member, leg.first, leg.last, leg.after)
-                outside = self._outside_bytes(solver, card)
-                choice = solver.fastest(card, math.floor(fullness * card.available_bytes) - outside) or solver.smallest
-                stages.append(PlacedStage(member.slot, replica, number, member.share, solver.stage, choice, outside))
-        return stages
+        rows: list[list[PlacedStage]] = [[] for _ in legs[0].machine]
+        for number, leg in enumerate(legs):
+            placed = [
+                one for group in self._groups(leg.machine) for one in self._placed(group, leg, number, fullness)
+            ]  # fmt: skip
+            for replica, (row, one) in enumerate(zip(rows, placed, strict=True)):
+                row.append(replace(one, replica=replica))
+        return [one for row in rows for one in row]
 
-    def _solver(self, member: Member, first: int, last: int, after: int) -> StageSolver:
+    def _placed(self, group: Column, leg: Leg[Column], number: int, fullness: float) -> list[PlacedStage]:
+        solver = self._solver(group, leg.first, leg.last, leg.after)
+        cards, outside = [member.slot.card for member in group], self._outside_bytes(solver, group)
+        rooms = [
+            math.floor(fullness * card.available_bytes) - beside for card, beside in zip(cards, outside, strict=True)
+        ]
+        choice = solver.fastest(cards, rooms) or self._smallest(solver, group)
+        return [
+            PlacedStage(member.slot, 0, number, member.share, stage, choice.levels, peak, beside)
+            for member, stage, peak, beside in zip(group, solver.stages, choice.peaks, outside, strict=True)
+        ]
+
+    def _solver(self, group: Column, first: int, last: int, after: int) -> ColumnSolver:
         keeps = self._strategy.replicates or self._placer.workload.accumulation > 1
         flow = self._pipeline.flow(after, keeps_gradients=keeps)
-        images = member.share // self._pipeline.micro_batches
+        images = tuple(member.share // self._pipeline.micro_batches for member in group)
         return self._placer.solver(images, self._strategy.replicates, first, last, flow)
+
+    def _smallest(self, solver: ColumnSolver, group: Column) -> Choice:
+        """The choice that is least short, or least full."""
+        available = tuple(member.slot.card.available_bytes for member in group)
+        outside = self._outside_bytes(solver, group)
+        if self._aim is Aim.MEMORY:
+            return solver.smallest(tuple(-beside for beside in outside), available)
+        return solver.smallest(tuple(room - beside for room, beside in zip(available, outside, strict=True)))
 
     def _member_bounds(self, member: Member, after: int) -> Matrix:
         size = self._placer.num_segments
@@ -207,41 +235,47 @@ class _Attempt(Lengths[Column]):
         table = np.full((size + 1, size + 1), math.inf)
         for first in range(size):
             for last in range(first, size):
-                solver = self._solver(member, first, last, after)
-                table[first, last + 1] = self._over(solver, solver.least_bytes, member)
+                solver = self._solver((member,), first, last, after)
+                table[first, last + 1] = self._over(solver, solver.least_bytes, (member,))
         return table
 
-    def _refine_member(self, member: Member, first: int, last: int, after: int) -> tuple[float, bool]:
-        solver = self._solver(member, first, last, after)
+    def _refine_group(self, group: Column, first: int, last: int, after: int) -> tuple[float, bool]:
+        solver = self._solver(group, first, last, after)
         if self._aim is not Aim.SPEED:
-            return self._over(solver, solver.smallest.peak.size, member), True
-        card = member.slot.card
-        room = card.available_bytes - self._outside_bytes(solver, card)
-        unhurried = solver.unhurried(card)
-        if unhurried.peak.size <= room:
-            return solver.seconds(card, unhurried), True
-        if solver.least_bytes > room:
+            return self._over(solver, [peak.size for peak in self._smallest(solver, group).peaks], group), True
+        cards, outside = [member.slot.card for member in group], self._outside_bytes(solver, group)
+        rooms = [card.available_bytes - beside for card, beside in zip(cards, outside, strict=True)]
+        unhurried = solver.unhurried(cards)
+        if unhurried and unhurried.fits(rooms):
+            return solver.seconds(cards, unhurried), True
+        if any(least > room for least, room in zip(solver.least_bytes, rooms, strict=True)):
             return math.inf, True
-        key = (member, first, last, solver.stage.flow)
+        key = (group, first, last, solver.stages[0].flow)
         if key not in self._relaxed:
             self._relaxed.add(key)
-            bound = solver.bound(card, room)
+            bound = solver.bound(cards, rooms)
             return bound, bound == math.inf
-        choice = solver.fastest(card, room)
-        return (solver.seconds(card, choice), True) if choice else (math.inf, True)
+        choice = solver.fastest(cards, rooms)
+        return (solver.seconds(cards, choice), True) if choice else (math.inf, True)
 
-    def _outside_bytes(self, solver: StageSolver, card: Card) -> int:
+    def _outside_bytes(self, solver: ColumnSolver, group: Column) -> list[int]:
         """Beside the allocator, at most: whatever levels are chosen."""
         process = self._placer.workload.process
-        if process is None or card.kind != "cpu":
-            return 0
-        return outside_bytes(solver.stage.segments, process).total
+        if process is None:
+            return [0] * len(group)
+        return [
+            outside_bytes(stage.segments, process).total if member.slot.card.kind == "cpu" else 0
+            for member, stage in zip(group, solver.stages, strict=True)
+        ]
 
-    def _over(self, solver: StageSolver, peak: int, member: Member) -> float:
-        """Bytes that are missing, or how full the card gets."""
-        card = member.slot.card
-        needed = peak + self._outside_bytes(solver, card)
-        return needed - card.available_bytes if self._aim is Aim.CLOSEST else needed / card.available_bytes
+    def _over(self, solver: ColumnSolver, peaks: Sequence[int], group: Column) -> float:
+        """Bytes that are missing, or how full a card gets; the worst of the group."""
+        over = []
+        for member, peak, outside in zip(group, peaks, self._outside_bytes(solver, group), strict=True):
+            card = member.slot.card
+            needed = peak + outside
+            over.append(needed - card.available_bytes if self._aim is Aim.CLOSEST else needed / card.available_bytes)
+        return max(over)
 
     def _crossing_bytes(self, share: int) -> NDArray[np.float64]:
         costs = self.costs(share)

@@ -366,6 +366,8 @@ def _placement_problems(plan: Plan) -> list[str]:
             problems.append(
                 f"{card.card}: replica {card.replica} must have the segments of stage {card.stage} of the first"
             )
+        if plan.trained_norm is NormMode.SYNCED and card.segments != plan.cards[grid[0][card.stage]].segments:
+            problems.append(f"{card.card}: replicas with synced norms must have the same recompute levels")
         if card.batch_share != plan.cards[grid[card.replica][0]].batch_share:
             problems.append(f"{card.card}: all cards of a replica must have the same share of the batch")
         if card.batch_share % plan.micro_batches:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from memseg.errors import InputError, UnknownNameError
 from memseg.levels import NormMode, Schedule, Strategy
@@ -10,8 +11,17 @@ from memseg.planning.advice import Change, NothingFitsError, find_advice
 from memseg.planning.cards import Card
 from memseg.planning.placer import Placer
 from memseg.planning.plan import Alternative, CardPlan, PlacedSegment, Plan, installed_torch, unsplittable
-from memseg.planning.replicas import best_shares, columns_of, grids, share_vectors
-from memseg.planning.strategies import NETWORK_BYTES_PER_SECOND, Aim, Column, Pipeline, PlacedStage, Placement, Slot
+from memseg.planning.replicas import best_shares, best_shares_alike, columns_of, grids, share_vectors
+from memseg.planning.strategies import (
+    NETWORK_BYTES_PER_SECOND,
+    Aim,
+    Column,
+    Member,
+    Pipeline,
+    PlacedStage,
+    Placement,
+    Slot,
+)
 from memseg.planning.workload import Workload
 
 MOST_MICRO_BATCHES = 16
@@ -137,17 +147,25 @@ class _Planning:
             yield best
 
     def _replicates(self, aim: Aim) -> Iterator[Placement | None]:
-        def length(slot: Slot, share: int) -> float:
-            return self._placer.whole_model(slot, share, aim)
-
-        if len(self._slots) < 2 or self._workload.batch < 2 or self._settings.cut or self._settings.micro_batches:
+        slots, batch = self._slots, self._workload.batch
+        if len(slots) < 2 or batch < 2 or self._settings.cut or self._settings.micro_batches:
             return
-        batch, slots = self._workload.batch, self._slots
-        members = best_shares(slots, batch, length, fewest=int(self._settings.nodes > 1))
+        members = self._shared_out(slots, aim, fewest=int(self._settings.nodes > 1))
         if members is None and self._settings.strategy is Strategy.REPLICATE:
             # One card alone is faster, but that is not what was asked for.
-            members = best_shares(_most_capable(slots, min(len(slots), batch)), batch, length, fewest=1)
+            members = self._shared_out(_most_capable(slots, min(len(slots), batch)), aim, fewest=1)
         yield self._placer.replicate(members, aim) if members else None
+
+    def _shared_out(self, slots: Sequence[Slot], aim: Aim, *, fewest: int) -> list[Member] | None:
+        placer, batch = self._placer, self._workload.batch
+
+        def alone(slot: Slot, share: int) -> float:
+            return placer.whole_model((Member(slot, share),), aim)
+
+        if self._workload.norm is NormMode.FROZEN:
+            return best_shares(slots, batch, alone, fewest=fewest)
+        together = partial(placer.whole_model, aim=aim)
+        return best_shares_alike(slots, batch, alone, together, fewest=fewest)
 
     def _replicated_splits(self, aim: Aim) -> Iterator[Placement | None]:
         """The best one of all grids and shares that are tried."""
@@ -231,7 +249,7 @@ class _Planning:
         return positions
 
     def _card_plan(self, position: int, placed: PlacedStage) -> CardPlan:
-        levels = placed.stage.recompute_of(placed.choice.levels)
+        levels = placed.stage.recompute_of(placed.levels)
         return CardPlan(
             card=placed.card.name,
             position=position % self._per_node,
@@ -240,11 +258,11 @@ class _Planning:
             stage=placed.number,
             capacity_bytes=placed.card.capacity_bytes,
             reserve_bytes=placed.card.reserve_bytes,
-            predicted_peak_bytes=placed.choice.peak.size,
+            predicted_peak_bytes=placed.peak.size,
             outside_bytes=placed.outside_bytes,
-            peak_moment=str(placed.choice.peak.moment),
+            peak_moment=str(placed.peak.moment),
             batch_share=placed.share,
-            by_category=placed.choice.peak.by_category,
+            by_category=placed.peak.by_category,
             segments=tuple(
                 PlacedSegment(name=segment.name, recompute=recompute)
                 for segment, recompute in zip(placed.stage.segments, levels, strict=True)

@@ -6,6 +6,10 @@ the one that is fastest with it, as long as that helps. No better shares exist w
 the slowest card would have fewer images, some other card more of them, and moving one there would have helped. A card
 whose share ends at 0 is not used.
 
+That holds where each card rebuilds as it likes. Where all must rebuild alike, a card's time depends on what the others
+have room for, and those shares are a bound. So of at most MOST_TRIED images all ways are tried, the most promising
+first, until the bound of the next is no better than the best; with more, single images are moved as long as it helps.
+
 **Replicas of splits.** Cards form a grid: a row per replica, a column per stage. Few grids are tried whole: all of them
 where there are at most MOST_GRIDS, else the three that an engineer would draw: alike cards in a column, alike cards in
 a row, and a machine in a row.
@@ -18,6 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from memseg.planning.strategies import Column, Member, Slot
 
 MOST_GRIDS = 60
+MOST_TRIED = 4
+"""Images of which all ways to share them out are tried; each share takes a profile."""
 MOST_SHARES = 6
 """Ways to share out a batch that are tried with each grid; the most even ones."""
 
@@ -57,6 +63,69 @@ def best_shares(
         shares[taker] += 1
     members = [Member(slot, share) for slot, share in zip(slots, shares, strict=True) if share]
     return members if len(members) > 1 and max(lengths) < math.inf else None
+
+
+def best_shares_alike(
+    slots: Sequence[Slot],
+    batch: int,
+    length: Callable[[Slot, int], float],
+    together: Callable[[Column], float],
+    *,
+    fewest: int = 0,
+) -> list[Member] | None:
+    """The same where all cards must rebuild alike.
+
+    Args:
+        slots, batch, fewest: As of `best_shares`.
+        length: Of a slot with a share, if it might rebuild as it likes: a bound.
+        together: Of the worst of some members that rebuild alike.
+    """
+    if batch > MOST_TRIED:
+        return _moved(slots, best_shares(slots, batch, length, fewest=fewest), together, fewest)
+    bounds = {}
+    for shares in itertools.product(range(fewest, batch + 1), repeat=len(slots)):
+        if sum(shares) == batch and sum(share > 0 for share in shares) > 1:
+            parts = [length(slot, share) for slot, share in zip(slots, shares, strict=True) if share]
+            bounds[shares] = max(parts)
+    best, shortest = None, math.inf
+    for shares in sorted(bounds, key=lambda one: bounds[one]):
+        if bounds[shares] >= shortest:
+            break
+        members = _members(slots, shares)
+        found = together(members)
+        if found < shortest:
+            best, shortest = list(members), found
+    return best
+
+
+def _moved(
+    slots: Sequence[Slot], start: list[Member] | None, together: Callable[[Column], float], fewest: int
+) -> list[Member] | None:
+    if start is None:
+        return None
+    left = list(start)
+    shares = []
+    for slot in slots:
+        mine = next((member for member in left if member.slot == slot), None)
+        shares.append(mine.share if mine else 0)
+        if mine:
+            left.remove(mine)
+    best = together(_members(slots, shares))
+    while True:
+        moves = [
+            [share - (n == giver) + (n == taker) for n, share in enumerate(shares)]
+            for giver, taker in itertools.permutations(range(len(slots)), 2)
+            if shares[giver] > fewest
+        ]
+        found = {tuple(moved): together(_members(slots, moved)) for moved in moves if sum(map(bool, moved)) > 1}
+        better = min(found, key=lambda one: found[one], default=None)
+        if better is None or found[better] >= best:
+            return list(_members(slots, shares)) if best < math.inf else None
+        shares, best = list(better), found[better]
+
+
+def _members(slots: Sequence[Slot], shares: Sequence[int]) -> Column:
+    return tuple(Member(slot, share) for slot, share in zip(slots, shares, strict=True) if share)
 
 
 def _proportional(rates: Sequence[float], batch: int, fewest: int) -> list[int]:

@@ -27,8 +27,7 @@ from enum import StrEnum
 from memseg.levels import Schedule, Strategy
 from memseg.planning.cards import Card
 from memseg.planning.costs import SegmentCost
-from memseg.planning.memory import Flow, Stage
-from memseg.planning.solver import StageChoice
+from memseg.planning.memory import Flow, Peak, Stage
 
 NETWORK_BYTES_PER_SECOND = 1.25e9
 """Between machines, unless it is given: an assumption, 10 Gbit/s Ethernet."""
@@ -92,7 +91,9 @@ class PlacedStage:
     share: int
     """Images of each pass."""
     stage: Stage
-    choice: StageChoice
+    levels: tuple[int, ...]
+    """For each segment, a position in its `levels`."""
+    peak: Peak
     outside_bytes: int
     """What the process takes beside the allocator."""
 
@@ -104,12 +105,12 @@ class PlacedStage:
     @property
     def seconds(self) -> float:
         """Of computing a pass, transfers left out."""
-        return self.stage.flow.micro_batches * self.card.seconds(self.stage.work_of(self.choice.levels))
+        return self.stage.flow.micro_batches * self.card.seconds(self.stage.work_of(self.levels))
 
     @property
     def needed_bytes(self) -> int:
         """The peak, and what the process takes beside the allocator."""
-        return self.choice.peak.size + self.outside_bytes
+        return self.peak.size + self.outside_bytes
 
     @property
     def shortfall_bytes(self) -> int:

@@ -97,6 +97,30 @@ class BruteForce:
         times = (on.seconds(stage.work_of(levels)) for peak, levels in self.known[key] if peak <= room)
         return min(times, default=math.inf), min(peak for peak, _ in self.known[key]) - room
 
+    def column(
+        self, members: Sequence[tuple[Card, int]], pipeline: Pipeline, first: int, last: int, after: int
+    ) -> tuple[float, int]:
+        """The same of several cards: the slowest and the shortest, which must have the same levels where norms sync."""
+        members = [(on, share) for on, share in members if share]
+        if self.work.norm is NormMode.FROZEN or len(members) == 1:
+            found = [self.stage(on, share, pipeline, first, last, after) for on, share in members]
+            return max(seconds for seconds, _ in found), max(shortfall for _, shortfall in found)
+        best, least = math.inf, 10**9
+        stages = []
+        for on, share in members:
+            self.stage(on, share, pipeline, first, last, after)
+            stages.append(self.choices(share, pipeline, first, last, after)[0])
+        known = [
+            {levels: peak for peak, levels in self.known[share, pipeline, first, last, after]} for _, share in members
+        ]
+        for levels in known[0]:
+            over = max(peaks[levels] - on.available_bytes for peaks, (on, _) in zip(known, members, strict=True))
+            least = min(least, over)
+            if over <= 0:
+                times = [on.seconds(stage.work_of(levels)) for stage, (on, _) in zip(stages, members, strict=True)]
+                best = min(best, max(times))
+        return best, least
+
     def grid(
         self, rows: Sequence[Sequence[Slot]], shares: Sequence[int], pipeline: Pipeline, cuts: tuple[int, ...]
     ) -> tuple[float, float]:
@@ -105,12 +129,10 @@ class BruteForce:
         stages, worst, steps = [], -math.inf, []
         borders = list(itertools.pairwise((0, *cuts, n)))
         for number, (first, end) in enumerate(borders):
-            found = [
-                self.stage(row[number].card, share, pipeline, first, end - 1, len(borders) - number - 1)
-                for row, share in zip(rows, shares, strict=True)
-            ]
-            stages.append(max(seconds for seconds, _ in found))
-            worst = max(worst, *(shortfall for _, shortfall in found))
+            members = [(row[number].card, share) for row, share in zip(rows, shares, strict=True)]
+            seconds, shortfall = self.column(members, pipeline, first, end - 1, len(borders) - number - 1)
+            stages.append(seconds)
+            worst = max(worst, shortfall)
             if number:
                 costs = [self.work.part(share // pipeline.micro_batches, replicated=False) for share in shares]
                 links = [min(row[number - 1].card.link, row[number].card.link) for row in rows]
@@ -170,37 +192,55 @@ def test_a_split_is_the_best_of_all_cuts_orders_cards_and_levels(seed: int):
         assert closest is None
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_shares_are_the_best_of_all(seed: int):
+@pytest.mark.parametrize("norm", [NormMode.FROZEN, NormMode.BATCH])
+@pytest.mark.parametrize("seed", range(50))
+def test_shares_are_the_best_of_all(seed: int, norm: NormMode):
     generator = random.Random(seed)
     slots = random_cards(generator, generator.choice([2, 3, 3, 4]), low=100, high=1200)
-    batch = generator.randint(2, 7)
-    work = workload(random_model(generator, num_segments=generator.randint(2, 4), num_levels=3), batch)
+    batch = generator.randint(2, 7 if norm is NormMode.FROZEN else 4)
+    one_image = random_model(generator, num_segments=generator.randint(2, 4), num_levels=3)
+    one_image = replace(one_image, segments=tuple(replace(s, gradient_bytes=0) for s in one_image.segments))
+    work = workload(one_image, batch, norm=norm)
     brute = BruteForce(work, keeps_gradients=True)
     n = len(work.whole.segments)
-
-    def seconds(slot: Slot, share: int) -> float:
-        return brute.stage(slot.card, share, Pipeline(), 0, n - 1, 0)[0] if share else 0.0
-
     ways = [
         shares for shares in itertools.product(range(batch + 1), repeat=len(slots)) if sum(shares) == batch
     ]  # fmt: skip
-    of = {shares: max(map(seconds, slots, shares)) for shares in ways}
-    best = min(of.values())
-    placer = Placer(work)
-    members = best_shares(slots, batch, lambda slot, share: placer.whole_model(slot, share, Aim.SPEED))
-    if members is None:
-        # Nothing fits, or nothing beats one card alone.
-        alone = min(seconds for shares, seconds in of.items() if sum(share > 0 for share in shares) == 1)
-        assert best in (math.inf, pytest.approx(alone))
-        return
-    assert sum(member.share for member in members) == batch
-    found = placer.replicate(members, Aim.SPEED)
-    assert found is not None
-    assert max(placed.seconds for placed in found.stages) == pytest.approx(best)
-    gradients = sum(one.gradient_bytes for one in work.whole.segments)
-    ring = 2 * (len(members) - 1) / len(members) * gradients / min(member.slot.card.link for member in members)
-    assert found.step_seconds == pytest.approx(best + ring)
+    of = {
+        shares: brute.column(
+            [(slot.card, share) for slot, share in zip(slots, shares, strict=True)], Pipeline(), 0, n - 1, 0
+        )[0]
+        for shares in ways
+    }
+    several = min(seconds for shares, seconds in of.items() if sum(share > 0 for share in shares) > 1)
+    alone = min(seconds for shares, seconds in of.items() if sum(share > 0 for share in shares) == 1)
+    plan = make_plan(work, [slot.card for slot in slots], Settings(strategy=Strategy.REPLICATE), force=True)
+    assert plan.feasible == (several < math.inf)
+    if plan.feasible and several < alone:
+        assert sum(plan.shares) == batch
+        assert plan.step_seconds == pytest.approx(several)
+
+
+def test_shares_of_many_images_are_the_best_of_all_but_one_in_ten():
+    # Beyond MOST_TRIED images, where all must rebuild alike, single images are moved; that may end beside the best.
+    ended_at_best = 0
+    for seed in range(20):
+        generator = random.Random(seed)
+        slots = random_cards(generator, 3, low=400, high=1800)
+        one_image = random_model(generator, num_segments=3, num_levels=3)
+        one_image = replace(one_image, segments=tuple(replace(s, gradient_bytes=0) for s in one_image.segments))
+        work = workload(one_image, 6)
+        brute = BruteForce(work, keeps_gradients=True)
+        best = min(
+            brute.column([(slot.card, share) for slot, share in zip(slots, shares, strict=True)], Pipeline(), 0, 2, 0)[
+                0
+            ]
+            for shares in itertools.product(range(7), repeat=3)
+            if sum(shares) == 6 and sum(share > 0 for share in shares) > 1
+        )
+        plan = make_plan(work, [slot.card for slot in slots], Settings(strategy=Strategy.REPLICATE), force=True)
+        ended_at_best += plan.step_seconds == pytest.approx(best) or not plan.feasible
+    assert ended_at_best >= 18
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -245,7 +285,7 @@ def test_the_plan_is_the_best_of_all_strategies(seed: int):
     n = len(one_image.segments)
     alone, together = BruteForce(work, keeps_gradients=False), BruteForce(work, keeps_gradients=True)
     singles = [alone.stage(slot.card, 2, Pipeline(), 0, n - 1, 0)[0] for slot in slots]
-    replicas = max(together.stage(slot.card, 1, Pipeline(), 0, n - 1, 0)[0] for slot in slots)
+    replicas = together.column([(slot.card, 1) for slot in slots], Pipeline(), 0, n - 1, 0)[0]
     pipelines = [Pipeline()]
     if norm is NormMode.FROZEN:
         pipelines += [Pipeline(2, Schedule.ONE_F_ONE_B), Pipeline(2, Schedule.GPIPE)]
