@@ -235,6 +235,7 @@ def plan_for(
         accumulation=recipe.train.accumulation,
         norm=recipe.model.norm,
         precision=recipe.train.precision,
+        loaders=recipe.train.workers,
         aux_weight=recipe.loss.aux_weight,
         cards=parse_cards(names),
         nodes=nodes,
@@ -290,7 +291,12 @@ def _check(recipe: "Recipe", dataset: "SegmentationDataset", done: int) -> None:
     from memseg.training.trainer import training_length
 
     with torch.device("meta"):
-        model = build_model(recipe.model.name, norm=recipe.model.norm)
+        model = build_model(recipe.model.name, num_classes=len(dataset.classes.names), norm=recipe.model.norm)
+    if not model.is_dense:
+        raise InputError(
+            f"model.name must name a network that labels pixels, {recipe.model.name} gives one label to an image; "
+            "memseg plan and memseg profile take it, memseg train does not"
+        )
     model.check_image(recipe.data.image, batch=recipe.train.batch)
     data = recipe.data
     TrainingView(dataset, size=data.image, fit=data.fit, flip=data.flip, seed=recipe.train.seed, region=data.region)

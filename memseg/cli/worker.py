@@ -29,8 +29,7 @@ from memseg.files import replace_file
 from memseg.inference.evaluate import evaluate
 from memseg.inference.labelling import Framing
 from memseg.levels import NormMode
-from memseg.models import build_model, load_encoder_file
-from memseg.models.objective import Objective
+from memseg.models import build_model, load_encoder_file, load_original_file
 from memseg.models.segmented import SegmentedModel
 from memseg.nn import BatchNorm2d
 from memseg.nn.precision import parameter_dtype
@@ -172,7 +171,8 @@ def _model(plan: Plan, recipe: Recipe, grid: Grid) -> SegmentedModel:
     dtype = parameter_dtype(recipe.train.precision)
     model = build_model(plan.model, num_classes=plan.num_classes, norm=norm, dtype=dtype)
     if recipe.model.encoder_weights:
-        load_encoder_file(model, recipe.model.encoder_weights)
+        load = load_original_file if ":" in plan.model else load_encoder_file
+        load(model, recipe.model.encoder_weights)
     if synced:
         for module in model.modules():
             if isinstance(module, BatchNorm2d):
@@ -187,7 +187,7 @@ def _runner(
     height, width = plan.image
     parts = plan.replicas * plan.micro_batches * plan.accumulation
     loss = MeanLoss(
-        Objective(recipe.loss.aux_weight),
+        model.objective(recipe.loss.aux_weight),
         pixels=plan.batch * plan.accumulation * height * width if parts > 1 else None,
         replicas=plan.replicas,
         device=device,

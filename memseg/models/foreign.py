@@ -13,7 +13,8 @@ state dict of the original.
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,12 @@ def segment_module(
     {'layer_0': ('images',), 'layer_2': ('layer_0',), 'layer_4': ('layer_2',)}
     """
     _convert_norms(module, norm)
-    graph = trace(module)
-    samples = take_samples(module, graph)
-    outputs = tuple(dict.fromkeys(_without_upsampling(node, module, samples) for node in outputs_of(graph)))
-    classes, is_dense = _check_outputs(name, outputs, samples, num_classes)
-    steps, segments, made_by = _cut(Steps(module, graph, samples, outputs))
+    with _alone(module):
+        graph = trace(module)
+        samples = take_samples(module, graph)
+        outputs = tuple(dict.fromkeys(_without_upsampling(node, module, samples) for node in outputs_of(graph)))
+        classes, is_dense = _check_outputs(name, outputs, samples, num_classes)
+        steps, segments, made_by = _cut(Steps(module, graph, samples, outputs))
     return SegmentedModel(
         name,
         segments,
@@ -169,6 +171,19 @@ def _convert_norms(module: nn.Module, norm: NormMode) -> None:
             problems.append(f"{name}: {part} cannot be {norm}; a BatchNorm2d with affine and momentum can")
     if problems:
         raise ProblemsError(f"norm {norm} of {type(module).__name__}", problems)
+
+
+@contextmanager
+def _alone(module: nn.Module) -> Iterator[None]:
+    """Inside, norms do not sync: the network is run on tensors without values, of which other replicas know nothing."""
+    synced = [part for part in module.modules() if isinstance(part, BatchNorm2d) and part.norm is NormMode.SYNCED]
+    for part in synced:
+        part.norm = NormMode.BATCH
+    try:
+        yield
+    finally:
+        for part in synced:
+            part.norm = NormMode.SYNCED
 
 
 def _without_upsampling(node: fx.Node, module: nn.Module, samples: Samples) -> fx.Node:

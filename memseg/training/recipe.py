@@ -142,16 +142,17 @@ class ModelConfig(StrictModel):
     """Which network is trained. Its number of classes comes from the data set."""
 
     name: Text
-    """Name of a network; `memseg models` lists them."""
+    """Name of a network (`memseg models` lists them), or what makes one: package.module:function, file.py:function."""
     norm: NormMode = NormMode.BATCH
     """What batch norm normalises with: the `batch`, `frozen` statistics, or those of all replicas, `synced`."""
     encoder_weights: Path | None = None
-    """File with the state dict of torchvision's DenseNet of the same depth; without it the encoder starts at random."""
+    """File with the state dict of torchvision's DenseNet of the same depth, or the whole one of a network of others;
+    without it weights start at random."""
 
     @field_validator("name")
     @classmethod
     def _is_known(cls, name: str) -> str:
-        if name not in model_names():
+        if ":" not in name and name not in model_names():
             raise ValueError(str(UnknownNameError("model", name, model_names())))
         return name
 
