@@ -146,8 +146,7 @@ class ModelConfig(StrictModel):
     norm: NormMode = NormMode.BATCH
     """What batch norm normalises with: the `batch`, `frozen` statistics, or those of all replicas, `synced`."""
     encoder_weights: Path | None = None
-    """File with the state dict of torchvision's DenseNet of the same depth, or the whole one of a network of others;
-    without it weights start at random."""
+    """File with the state dict of torchvision's DenseNet of the same depth, or of a network of others; else random."""
 
     @field_validator("name")
     @classmethod

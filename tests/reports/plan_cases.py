@@ -78,7 +78,7 @@ def split():
 
 def replicate():
     """Over a large and a small card, with shares to suit."""
-    large = card("a100", LADDER, capacity=40 * GIB, needs=30 * GIB, share=6, levels=LEVELS[:1])
+    large = card("a100", LADDER, capacity=40 * GIB, needs=30 * GIB, share=6, levels=LEVELS[2:])
     small = card("gtx1070", LADDER, needs=7 * GIB, share=2, replica=1, position=1, levels=LEVELS[2:])
     return plan(Strategy.REPLICATE, large, small, batch=8, accumulation=2, transfer_seconds=0.1)
 
@@ -97,6 +97,7 @@ def replicate_split():
             for replica, stage in places
         ),
         batch=8,
+        norm=NormMode.FROZEN,
     )  # fmt: skip
 
 
