@@ -226,8 +226,7 @@ class RunConfig(StrictModel):
     cards: Text | None = None
     """Cards as on the command line, such as "cpu:8GiB,cpu:12GiB"; left out, the command line must name them."""
     strategy: Literal["auto", "single", "split", "replicate", "replicate-split"] = "auto"
-    """The whole network on a `single` card, `split` over consecutive cards, with `replicate` on each card with a share
-    of the batch, several splits with `replicate-split`, or whichever is predicted to be fastest."""
+    """On one card, `split` over cards, `replicate` with shares of the batch, both, or `auto`: the fastest predicted."""
 
 
 class Recipe(StrictModel):
