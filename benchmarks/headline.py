@@ -119,16 +119,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a folder with Cityscapes' leftImg8bit and gtFine")
     parser.add_argument("--only", metavar="WORD", default="", help="cases whose name has this in it")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="keep finished rows there, and go on from them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(arguments)
     cases = [case for case in CASES if args.only in case.name]
-    rows = []
+    kept = args.results.read_text().splitlines() if args.results and args.results.exists() else []
+    rows = {row["name"]: row for row in map(json.loads, kept)}
     with progress(len(cases)) as begin:
         for case in cases:
             begin(case.name)
+            if case.name in rows:
+                continue
             with tempfile.TemporaryDirectory() as folder:
-                rows.append(measure(case, args.data, Path(folder)))
-    tell(rows, as_json=args.json)
+                rows[case.name] = measure(case, args.data, Path(folder))
+            if args.results:
+                with args.results.open("a") as file:
+                    file.write(json.dumps(rows[case.name]) + "\n")
+    tell([rows[case.name] for case in cases], as_json=args.json)
 
 
 if __name__ == "__main__":
