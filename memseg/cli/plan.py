@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         cards=() if args.cards == ANY else parse_cards(args.cards),
         accumulation=args.accumulate,
         nodes=args.nnodes,
-        levels=_named(args.recompute, Recompute, "--recompute") if args.recompute else tuple(Recompute),
+        levels=tuple(Recompute) if args.recompute is None else _levels(args.recompute),
     )
     settings = request.settings(args.strategy or AUTO, _settings(args))
     try:
@@ -178,6 +178,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--cards any gives several answers; for a plan of one of them name the cards: --cards gtx1070")
     if args.force and (args.max_batch or args.max_image):
         raise InputError("--force makes a plan that does not fit; --max-batch and --max-image look for one that does")
+    if args.offer is not None:
+        _named(args.offer, OFFERS, "--offer")
     if args.network and args.nnodes == 1:
         raise InputError("--network is the link between machines; give --nnodes too")
 
@@ -189,7 +191,7 @@ def _settings(args: argparse.Namespace) -> "Settings":
     return Settings(
         aim=Aim(args.objective),
         network=_rate(args.network) if args.network else NETWORK_BYTES_PER_SECOND,
-        cut=tuple(name.strip() for name in args.cut.split(",")) if args.cut else (),
+        cut=_names(args.cut, "--cut") if args.cut is not None else (),
         micro_batches=args.micro_batches,
         schedule=Schedule(args.schedule) if args.schedule else None,
     )
@@ -202,23 +204,30 @@ def _rate(text: str) -> float:
     return float(parse_bytes(size))
 
 
-def _named(text: str, kind: Any, option: str) -> tuple[Any, ...]:
-    known = [one.value for one in kind]
+def _names(text: str, option: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise InputError(f"{option} must be names joined by commas, got {text!r}")
+    return tuple(dict.fromkeys(names))
+
+
+def _named(text: str, known: Sequence[str], option: str) -> tuple[str, ...]:
+    names = _names(text, option)
     for name in names:
         if name not in known:
             raise InputError(f"{option} takes {','.join(known)}, got {name!r}")
-    return tuple(kind(name) for name in dict.fromkeys(names))
+    return names
+
+
+def _levels(text: str) -> tuple[Recompute, ...]:
+    return tuple(Recompute(name) for name in _named(text, tuple(Recompute), "--recompute"))
 
 
 def _plan(args: argparse.Namespace, request: PlanRequest, settings: "Settings") -> "Plan":
-    from memseg.planning import Capacity, largest_plan
+    from memseg.planning import largest_plan
 
     if args.max_batch:
-        found: Capacity | None = largest_plan(
-            lambda images: request.workload(batch=images), request.cards, settings, most=MOST_IMAGES
-        )
-        return found.plan if found else request.plan(args.strategy or AUTO, settings)
+        return _largest_batch(request, settings)
     if args.max_image:
         step, most = _image_steps(request)
         found = largest_plan(
@@ -226,6 +235,7 @@ def _plan(args: argparse.Namespace, request: PlanRequest, settings: "Settings") 
             request.cards,
             settings,
             most=most,
+            known=request.image[0] // step[0],
         )
         if found is None:
             smallest = format_image(step)
@@ -234,6 +244,30 @@ def _plan(args: argparse.Namespace, request: PlanRequest, settings: "Settings") 
             )
         return found.plan
     return request.plan(args.strategy or AUTO, settings, force=args.force)
+
+
+def _largest_batch(request: PlanRequest, settings: "Settings") -> "Plan":
+    """The largest of all batches that some number of micro-batches divides: only those can be split into it."""
+    from memseg.planning import largest_plan, make_plan
+
+    frozen_split = request.norm is NormMode.FROZEN and len(request.cards) > 1 and settings.micro_batches is None
+    steps = (1, 2, 4, 8) if frozen_split else (settings.micro_batches or 1,)
+    replicates = settings.strategy is not None and settings.strategy.replicates
+    plans = []
+    for step in steps:
+        least = -(-2 // step) if replicates else 1
+        found = largest_plan(
+            lambda number, step=step: request.workload(batch=number * step),  # type: ignore[misc]
+            request.cards,
+            settings,
+            most=MOST_IMAGES // step,
+            least=least,
+        )
+        plans += [found.plan] if found else []
+    if plans:
+        return max(plans, key=lambda plan: plan.batch)
+    smallest = request.workload(batch=steps[0] * (-(-2 // steps[0]) if replicates else 1))
+    return make_plan(smallest, request.cards, settings)
 
 
 def _image_steps(request: PlanRequest) -> tuple[tuple[int, int], int]:
@@ -265,10 +299,7 @@ def _which_cards(args: argparse.Namespace, request: PlanRequest, settings: "Sett
 def _offers(args: argparse.Namespace, request: PlanRequest, settings: "Settings") -> Sequence[Offer]:
     from memseg.planning import NothingFitsError, make_plan
 
-    kinds = [] if not args.offer else [name.strip() for name in args.offer.split(",")]
-    for kind in kinds:
-        if kind not in OFFERS:
-            raise InputError(f"--offer takes {','.join(OFFERS)}, got {kind!r}")
+    kinds = () if args.offer is None else _named(args.offer, OFFERS, "--offer")
     offers = []
     for change in request.offers(kinds):
         try:
@@ -334,7 +365,8 @@ def _print(
             console.print(plans_table(title, [(other.change, other.plan) for other in others]))
     unused = Counter(card.name for card in request.cards) - Counter(card.card for card in plan.cards)
     if unused:
-        print(f"not used: {', '.join(unused.elements())}; the plan is no faster with it")
+        free = args.strategy in (None, AUTO) and args.objective == "speed"
+        print(f"not used: {', '.join(unused.elements())}{'; no plan was found that is faster with it' if free else ''}")
     for path in (args.output, args.png, args.html):
         if path:
             print(f"written: {path}")

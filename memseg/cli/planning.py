@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 """A strategy: whichever is best."""
+_PASSES = (2, 3, 4, 5, 6, 8, 12, 16)
+"""Into how many the batch may be cut, of the changes that are tried."""
 _STACK_BYTES = 2 * 2**20
 """Of a thread where the limit is infinite: glibc's, pthread_create(3), on x86-64."""
 STRATEGIES = (AUTO, *(strategy.value for strategy in Strategy))
@@ -121,11 +124,6 @@ class PlanRequest:
             _process(self.loaders) if self._kind == "cpu" else None,
         )
 
-    def largest_image(self, step: int, part: int) -> tuple[int, int]:
-        """Of the proportions of the image, `step` parts of it."""
-        height, width = self.image
-        return height * step // part, width * step // part
-
     def build(self) -> "SegmentedModel":
         """The model, without memory."""
         import torch
@@ -144,7 +142,10 @@ class PlanRequest:
 
         dtype = parameter_dtype(precision)
         synced = NormMode.SYNCED if replicas > 1 and norm is NormMode.BATCH else norm
-        with progress_bar(f"profiling {images} x {format_image(image)}") as progress:
+        with (
+            progress_bar(f"profiling {images} x {format_image(image)}") as progress,
+            _as_input_error(self.model, format_image(image)),
+        ):
             costs = cached_model_costs(
                 lambda: build_model(self.model, num_classes=self.num_classes, norm=synced, dtype=dtype),
                 image=image,
@@ -198,8 +199,8 @@ class PlanRequest:
 
     def _accumulations(self) -> Iterator[Change]:
         """The same images in each step, in more passes."""
-        for passes in range(2, self.batch + 1):
-            if self.batch % passes == 0:
+        for passes in _PASSES:
+            if self.batch % passes == 0 and passes <= self.batch:
                 batch, accumulation = self.batch // passes, self.accumulation * passes
                 yield self._change(
                     f"batch {batch} with accumulation {accumulation}", batch=batch, accumulation=accumulation
@@ -210,6 +211,18 @@ class PlanRequest:
         return Change(description, partial(make, **changed))
 
 
+@contextmanager
+def _as_input_error(model: str, size: str) -> Iterator[None]:
+    """Inside, what a network of others cannot run is the user's to mend."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        if ":" not in model:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{model} must run on images of {size}, but fails: {reason}") from error
+
+
 def _process(loaders: int) -> Process:
     """How `memseg train` starts a process on this machine, at most with so many threads."""
     import os
@@ -218,11 +231,18 @@ def _process(loaders: int) -> Process:
     from memseg.running.launch import environment
 
     settings = {**environment(), **os.environ}
+    numbers = {}
+    for name in ("OMP_NUM_THREADS", "MALLOC_MMAP_THRESHOLD_"):
+        # OpenMP takes a list, of a number for each level of nesting.
+        first = settings[name].partition(",")[0]
+        if not first.strip().isdecimal():
+            raise InputError(f"{name} must begin with a whole number, got {settings[name]!r} in the environment")
+        numbers[name] = int(first)
     stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
     return Process(
-        threads=int(settings["OMP_NUM_THREADS"]),
+        threads=numbers["OMP_NUM_THREADS"],
         stack_bytes=_STACK_BYTES if stack == resource.RLIM_INFINITY else stack,
-        mmap_threshold_bytes=int(settings["MALLOC_MMAP_THRESHOLD_"]),
+        mmap_threshold_bytes=numbers["MALLOC_MMAP_THRESHOLD_"],
         loader_threads=loaders,
     )
 

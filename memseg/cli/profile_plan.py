@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from memseg.errors import InputError
-from memseg.planning import LOSS, load_plan, parse_cards
+from memseg.planning import LOSS, load_plan, parse_card
 from memseg.reports.profile import ProfileReport
 from memseg.units import format_image
 
@@ -44,7 +44,7 @@ def profile_plan(path: Path) -> list[ProfileReport]:
     buckets = DataParallel(plan.replicas, gradient_as_bucket_view=True) if plan.replicas > 1 else None
     reports = []
     for number, card_plan in enumerate(plan.cards, start=1):
-        (card,) = parse_cards(card_plan.card)
+        card = parse_card(card_plan.card)
         levels = {one.name: one.recompute for one in card_plan.segments if one.name != LOSS}
         step: dict[str, Any] = {
             "image": plan.image,

@@ -181,10 +181,11 @@ def _launch(folder: Path, plan: "Plan", recipe: "Recipe", nodes: "Nodes") -> dic
         error_file = folder / ERROR_FILE
         if reason := error_file.read_text(encoding="utf-8") if error_file.exists() else "":
             raise MemsegError(reason)
-        ended = f"was ended by {signal.Signals(code - 128).name}" if code > 128 else f"ended with exit code {code}"
+        ended = f"ended with exit code {code}"
+        if code - 128 in signal.valid_signals():
+            ended = f"was ended by {signal.Signals(code - 128).name}, near a memory limit the likely cause"
         raise RunFailedError(
-            f"a process {ended} without saying why; near a memory limit that is the likely cause; "
-            f"go on with memseg train --resume {folder}"
+            f"a process {ended}; it did not say why in {folder}; go on with memseg train --resume {folder}"
         )
     result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     return result
@@ -317,10 +318,10 @@ def _check_plan(plan: "Plan", recipe: "Recipe", num_classes: int) -> None:
     from memseg.errors import PlanError
     from memseg.models import build_model
     from memseg.nn.precision import parameter_dtype
-    from memseg.planning import LOSS, parse_cards
+    from memseg.planning import LOSS, parse_card
 
-    if len({parse_cards(card.card)[0].kind for card in plan.cards}) > 1 or any("," in c.card for c in plan.cards):
-        raise PlanError("each card of a plan must be one card, all CUDA or all CPU; make a new one: memseg plan")
+    if len({parse_card(card.card).kind for card in plan.cards}) > 1:
+        raise PlanError("the cards of a plan must be all CUDA or all CPU; make a new one: memseg plan")
     with torch.device("meta"):
         dtype = parameter_dtype(recipe.train.precision)
         model = build_model(recipe.model.name, num_classes=num_classes, norm=recipe.model.norm, dtype=dtype)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ from memseg.models import build_model, load_encoder_file, load_original_file
 from memseg.models.segmented import SegmentedModel
 from memseg.nn import BatchNorm2d
 from memseg.nn.precision import parameter_dtype
-from memseg.planning import LOSS, CardPlan, Plan, load_plan, parse_cards
+from memseg.planning import LOSS, CardPlan, Plan, load_plan, parse_card
 from memseg.profiling.measure import AllocatorPeak, watch_allocator
 from memseg.running import (
     Grid,
@@ -52,6 +52,7 @@ from memseg.training.trainer import Hooks, Score, StepReport, Trainer, make_opti
 from memseg.units import format_bytes, format_seconds
 
 ERROR_FILE = "error.txt"
+Prepared = TypeVar("Prepared")
 _MEASURED_STEPS = 2
 """Peaks are measured over building the model and these steps: the second is the steady state."""
 _PATIENCE = timedelta(hours=2)
@@ -65,9 +66,9 @@ def main() -> int:
     card = None
     try:
         store = _meet(digest)
-        plan = load_plan(folder / PLAN_FILE)
+        plan, recipe, device = _agree(store, lambda: _prepare(folder, rank))
         card = plan.cards[rank]
-        _train(folder, plan, card, store)
+        _train(folder, plan, recipe, card, device, store)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -100,9 +101,36 @@ def _meet(digest: str) -> Store:
     return store
 
 
-def _train(folder: Path, plan: Plan, card: CardPlan, store: Store) -> None:
+def _prepare(folder: Path, rank: int) -> tuple[Plan, Recipe, torch.device]:
+    """What this process is to do, and where."""
+    if not folder.is_dir():
+        raise InputError(f"the run folder must be on a file system that all machines share; here there is no {folder}")
+    plan = load_plan(folder / PLAN_FILE)
     recipe, _ = load_run(folder)
-    device = _device(card)
+    return plan, recipe, _device(plan.cards[rank])
+
+
+def _agree(store: Store, prepare: Callable[[], Prepared]) -> Prepared:
+    """What `prepare` returns, once it has returned in every process; else none would wait for those that stopped.
+
+    Raises:
+        MemsegError: it failed in some process; then all raise the error of the first of them.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    prepared, problem = None, ""
+    try:
+        prepared = prepare()
+    except (MemsegError, OSError) as error:
+        problem = str(error) or type(error).__name__
+    store.set(f"memseg/problem/{rank}", problem)
+    problems = [store.get(f"memseg/problem/{one}").decode() for one in range(world_size)]
+    if found := next(filter(None, problems), None):
+        raise InputError(found)
+    assert prepared is not None
+    return prepared
+
+
+def _train(folder: Path, plan: Plan, recipe: Recipe, card: CardPlan, device: torch.device, store: Store) -> None:
     # A process alone talks to nobody but itself, which NCCL would take memory for.
     cuda = device.type == "cuda" and len(plan.cards) > 1
     dist.init_process_group(
@@ -150,8 +178,7 @@ def _train(folder: Path, plan: Plan, card: CardPlan, store: Store) -> None:
 
 
 def _device(card: CardPlan) -> torch.device:
-    (parsed,) = parse_cards(card.card)
-    if parsed.kind == "cpu":
+    if parse_card(card.card).kind == "cpu":
         return torch.device("cpu")
     if card.position >= torch.cuda.device_count():
         raise InputError(
@@ -287,7 +314,7 @@ def _in_one_line(error: Exception, card: CardPlan | None) -> str | None:
     if is_out_of_memory(error) and card is not None:
         return (
             f"{card.card}: the memory of this card ran out, {format_bytes(card.capacity_bytes)}; the plan predicted "
-            f"{format_bytes(card.predicted_peak_bytes)}. Make a new plan, or give the card more"
+            f"{format_bytes(card.needed_bytes)}. Make a new plan, or give the card more"
         )
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
@@ -297,6 +324,7 @@ def _in_one_line(error: Exception, card: CardPlan | None) -> str | None:
 def _leave_error(folder: Path, message: str, rank: int) -> None:
     """The first process to fail says why; those that fail after it only lost their peer."""
     lift_memory_limit()
+    folder.mkdir(parents=True, exist_ok=True)
     mine = folder / f".{ERROR_FILE}.{rank}"
     mine.write_text(message, encoding="utf-8")
     try:

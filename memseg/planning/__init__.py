@@ -2,7 +2,7 @@
 
 from memseg.planning.advice import Change, NothingFitsError, infeasible_json
 from memseg.planning.capacity import Capacity, largest_plan, smallest_cards
-from memseg.planning.cards import Card, known_cards, load_card, parse_cards
+from memseg.planning.cards import Card, known_cards, load_card, parse_card, parse_cards
 from memseg.planning.costs import IMAGES, LOSS, TARGET, LevelCost, ModelCosts, SegmentCost, Work
 from memseg.planning.memory import Category, Moment, Peak, Stage
 from memseg.planning.outside import Process
@@ -42,6 +42,7 @@ __all__ = [
     "load_card",
     "load_plan",
     "make_plan",
+    "parse_card",
     "parse_cards",
     "save_plan",
     "smallest_cards",

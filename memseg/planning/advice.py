@@ -112,7 +112,8 @@ def find_advice(
     if larger:
         card, placement = larger
         advice.append(f"{card.name} in place of {tight.name} ({_need(placement)})")
-    placement = _placed(closest, workload, [*cards, tight])
+    # There is no second card of this machine's.
+    placement = _placed(closest, workload, [*cards, tight]) if tight.device is None else None
     if placement and placement.fits:
         advice.append(f"one more {tight.name} ({_need(placement)})")
     return advice

@@ -1,9 +1,11 @@
 """How much fits: the largest batch, the largest image, the smallest cards.
 
 Each question is one of many plans, and each plan takes a profile. Memory grows with images and pixels almost in
-proportion, so two plans tell nearly where it ends, and few more where exactly.
+proportion, so two plans tell nearly where it ends, and few more where exactly: every other guess is the middle of what
+is left, so that there are never more than twice as many as doubling and halving would take.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,36 +22,48 @@ CARD_COUNTS = (1, 2, 4, 8)
 """Of equal cards, that are tried when any may be had."""
 
 
-def largest_fitting(over: Callable[[int], float], most: int) -> int | None:
-    """The largest of 1..`most` that fits, or None if 1 does not.
+def largest_fitting(over: Callable[[int], float], most: int, *, least: int = 1) -> int | None:
+    """The largest of `least`..`most` that fits, or None if `least` does not.
 
     Args:
         over: Of a number, by how many bytes it is too large: never less for a larger number, at most 0 where it fits,
             infinite where it is impossible.
         most: The last number that is tried.
+        least: The first one.
 
     >>> largest_fitting(lambda images: 3 * images - 10.0, most=100)
     3
     """
-    fitting, too_large = (0, -math.inf), (most + 1, math.inf)
-    probe = 1
-    while too_large[0] - fitting[0] > 1:
+    first = over(least)
+    if first > 0:
+        return None
+    known = [(least, first)]
+    too_large = (most + 1, math.nan)  # Nobody has tried that one.
+    guesses = itertools.cycle((_on_the_line, _in_the_middle))
+    while too_large[0] - known[-1][0] > 1:
+        guess = next(guesses)(known, too_large)
+        probe = min(max(guess, known[-1][0] + 1), too_large[0] - 1)
         value = over(probe)
         if value <= 0:
-            fitting = (probe, value)
+            known.append((probe, value))
         else:
             too_large = (probe, value)
-        probe = _between(fitting, too_large)
-    return fitting[0] or None
+    return known[-1][0]
 
 
-def _between(fitting: tuple[int, float], too_large: tuple[int, float]) -> int:
-    """Where a straight line through both ends meets 0, or twice as far where there is one end only."""
-    (low, below), (high, above) = fitting, too_large
-    if math.isfinite(above) and math.isfinite(below):
-        guess = low + math.floor((high - low) * -below / (above - below))
-        return min(max(guess, low + 1), high - 1)
-    return min(2 * low, high - 1) if low else (low + high) // 2
+def _on_the_line(known: Sequence[tuple[int, float]], too_large: tuple[int, float]) -> int:
+    """Where a straight line through the nearest two that are known meets 0; with one of them, as `_in_the_middle`."""
+    ends = [one for one in (*known[-2:], too_large) if math.isfinite(one[1])][-2:]
+    if len(ends) == 2 and ends[1][1] > ends[0][1]:
+        (low, below), (high, above) = ends
+        return low + math.floor((high - low) * -below / (above - below))
+    return _in_the_middle(known, too_large)
+
+
+def _in_the_middle(known: Sequence[tuple[int, float]], too_large: tuple[int, float]) -> int:
+    """Halfway, so that no bend of the line makes the search long; where nothing was too large, twice as far."""
+    low, high = known[-1][0], too_large[0]
+    return 2 * low if math.isnan(too_large[1]) else (low + high) // 2
 
 
 @dataclass(frozen=True)
@@ -61,34 +75,48 @@ class Capacity:
 
 
 def largest_plan(
-    workload_of: Callable[[int], Workload], cards: Sequence[Card], settings: Settings, *, most: int
+    workload_of: Callable[[int], Workload],
+    cards: Sequence[Card],
+    settings: Settings,
+    *,
+    most: int,
+    least: int = 1,
+    known: int = 0,
 ) -> Capacity | None:
-    """The plan for the largest of 1..`most` of something, or None if not even 1 fits.
+    """The plan for the largest of `least`..`most` of something, or None if not even `least` fits.
 
     Args:
         workload_of: With so many of it.
         cards: To train on.
         settings: What is decided already.
         most: The last number that is tried.
+        least: The first one.
+        known: Up to here, a number that the model cannot take is taken for too small, and above for too large.
 
     Raises:
         InputError: settings that contradict each other, the cards or the model.
     """
     workloads: dict[int, Workload] = {}
+    measured: dict[int, float] = {}
 
     def over(number: int) -> float:
-        workloads[number] = workload_of(number)
-        try:
-            placement = closest_placement(workloads[number], cards, settings)
-        except InputError:
-            if number > 1:
-                raise
-            # A batch of 1 cannot be shared out, but a larger one can.
-            return -math.inf
-        return math.inf if placement is None else placement.worst_stage.shortfall_bytes
+        if number not in measured:
+            workloads[number] = workload_of(number)
+            measured[number] = _over(workloads[number], cards, settings, is_small=number <= known)
+        return measured[number]
 
-    number = largest_fitting(over, most)
+    number = largest_fitting(over, most, least=least)
     return None if number is None else Capacity(number, make_plan(workloads[number], cards, settings))
+
+
+def _over(workload: Workload, cards: Sequence[Card], settings: Settings, *, is_small: bool) -> float:
+    try:
+        placement = closest_placement(workload, cards, settings)
+    except InputError:
+        if not is_small:
+            raise
+        return -math.inf
+    return math.inf if placement is None else placement.worst_stage.shortfall_bytes
 
 
 def smallest_cards(workload: Workload, settings: Settings) -> Iterator[Plan]:

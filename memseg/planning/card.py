@@ -47,6 +47,8 @@ class Card:
     """Seconds that each operation takes beside its arithmetic and its traffic."""
     used_bytes: int = 0
     """What other processes hold of a card of this machine; part of the reserve."""
+    device: int | None = None
+    """Of a card of this machine its number, in the order of PCI slots; None of any other."""
     products: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """What the driver calls it."""
 

@@ -34,7 +34,7 @@ from memseg.planning.strict import StrictModel, field_names, problem_lines
 from memseg.resources import shipped_folder
 from memseg.units import format_bytes, parse_bytes
 
-__all__ = ["Card", "known_cards", "load_card", "local_cards", "parse_capability", "parse_cards"]
+__all__ = ["Card", "known_cards", "load_card", "local_cards", "parse_capability", "parse_card", "parse_cards"]
 
 Value = TypeVar("Value")
 
@@ -124,6 +124,18 @@ def parse_cards(text: str) -> tuple[Card, ...]:
     if twice:
         raise InputError(f"{', '.join(twice)}: a card of this machine must be named once, got {text!r}")
     return cards
+
+
+def parse_card(text: str) -> Card:
+    """The one card that a plan names.
+
+    Raises:
+        InputError: it names several, or as `parse_cards`.
+    """
+    cards = parse_cards(text)
+    if len(cards) > 1:
+        raise InputError(f"each card of a plan must be one card, got {text!r}; make a new plan: memseg plan")
+    return cards[0]
 
 
 def load_card(path: Path) -> Card:

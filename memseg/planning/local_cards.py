@@ -124,6 +124,7 @@ def local_card(figures: LocalFigures, index: int, known: Iterable[Card]) -> Card
         card,
         reserve_bytes=card.reserve_bytes + figures.used_bytes,
         used_bytes=figures.used_bytes,
+        device=index,
         sources={**card.sources, "reserve": f"{card.sources['reserve']}; and {held}"},
     )
 

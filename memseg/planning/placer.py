@@ -33,6 +33,7 @@ from memseg.planning.strategies import (
     Slot,
     crossing_bytes,
     link,
+    ring_seconds,
 )
 from memseg.planning.workload import Workload
 
@@ -115,10 +116,16 @@ class Placer:
                 most,
                 worst=aim is not Aim.SPEED,
                 repeats=pipeline.micro_batches - 1 if aim is Aim.SPEED else 0,
-                limit=limit / self.workload.accumulation if aim is Aim.SPEED else limit,
+                limit=self._path_limit(columns, limit) if aim is Aim.SPEED else limit,
             )
         )
         return attempt.placement(legs) if legs else None
+
+    def _path_limit(self, columns: Sequence[Column], limit: float) -> float:
+        """Of one pass, where that of a step is known."""
+        slots = [[member.slot for member in column] for column in columns]
+        gradients = sum(segment.gradient_bytes for segment in self.workload.whole.segments)
+        return (limit - ring_seconds(slots, gradients, self.network)) / self.workload.accumulation
 
     def _new_solver(self, images: tuple[int, ...], replicated: bool, first: int, last: int, flow: Flow) -> ColumnSolver:
         return ColumnSolver([self.stage(count, replicated, first, last, flow) for count in images])

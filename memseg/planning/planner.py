@@ -1,7 +1,8 @@
 """Costs and cards in, the best plan that fits out; or an error that says what is missing and what would mend it."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +25,8 @@ from memseg.planning.strategies import (
 )
 from memseg.planning.workload import Workload
 
+MOST_HANDS = 5000
+"""Numbers of cards of each kind that a split may use: 12 cards that are all different have 4096."""
 MOST_MICRO_BATCHES = 16
 """More make the pipeline's pauses little shorter, and small micro-batches use a card badly."""
 
@@ -75,7 +78,8 @@ def make_plan(
     closest = planning.closest()
     if closest is None:
         raise InputError(
-            f"{_wanted(settings)} must be possible with this batch and these cards; it is not: name another"
+            f"{_wanted(settings)} must be possible with a batch of {workload.batch} and {len(cards)} cards, and is "
+            "not; take another strategy or batch, or more cards"
         )
     if force:
         return planning.plan([closest])
@@ -129,8 +133,17 @@ class _Planning:
             (Strategy.REPLICATE_SPLIT, self._replicated_splits),
         ]
         for strategy, place in kinds:
-            if self._settings.strategy in (None, strategy):
+            if strategy in self._allowed:
                 yield from (placement for placement in place(aim) if placement)
+
+    @property
+    def _allowed(self) -> Collection[Strategy]:
+        """What is decided of splits allows nothing else."""
+        settings = self._settings
+        wanted = [settings.strategy] if settings.strategy else list(Strategy)
+        if settings.cut or settings.schedule or (settings.micro_batches or 1) > 1:
+            wanted = [strategy for strategy in wanted if strategy.splits]
+        return wanted
 
     def _singles(self, aim: Aim) -> Iterator[Placement | None]:
         if self._settings.nodes == 1:
@@ -143,12 +156,12 @@ class _Planning:
             for pipeline in self._pipelines(self._workload.batch):
                 limit = best.measure(aim) if best else math.inf
                 found = self._placer.split(self._slots, pipeline, aim, fewest=self._fewest_cards, limit=limit)
-                best = found or best
+                best = _better(best, found, aim)
             yield best
 
     def _replicates(self, aim: Aim) -> Iterator[Placement | None]:
         slots, batch = self._slots, self._workload.batch
-        if len(slots) < 2 or batch < 2 or self._settings.cut or self._settings.micro_batches:
+        if len(slots) < 2 or batch < 2:
             return
         members = self._shared_out(slots, aim, fewest=int(self._settings.nodes > 1))
         if members is None and self._settings.strategy is Strategy.REPLICATE:
@@ -172,7 +185,7 @@ class _Planning:
         best: Placement | None = None
         for columns, pipeline in self._grids():
             limit = best.measure(aim) if best else math.inf
-            best = self._placer.replicate_split(columns, pipeline, aim, limit=limit) or best
+            best = _better(best, self._placer.replicate_split(columns, pipeline, aim, limit=limit), aim)
         yield best
 
     def _grids(self) -> Iterator[tuple[list[Column], Pipeline]]:
@@ -181,7 +194,10 @@ class _Planning:
         count = len(self._slots)
         for replicas in range(2, min(count // 2, self._workload.batch) + 1):
             for stages in range(2, count // replicas + 1):
-                if replicas * stages < max(self._fewest_cards, count - replicas + 1):
+                if self._settings.cut and stages != len(self._settings.cut) + 1:
+                    continue
+                used = replicas * stages
+                if used < self._fewest_cards or (count - used >= replicas and not self._settings.cut):
                     continue
                 slots = _most_capable(self._slots, replicas * stages)
                 for rows in grids(slots, replicas, stages):
@@ -192,11 +208,11 @@ class _Planning:
     def _pipelines(self, batch: int) -> Iterator[Pipeline]:
         """Ways to cut a share into micro-batches that the norms allow."""
         wanted, schedule = self._settings.micro_batches, self._settings.schedule
-        counts = [1]
-        if self._workload.norm is NormMode.FROZEN:
+        counts = [wanted or 1]
+        if wanted is None and self._workload.norm is NormMode.FROZEN:
             counts += [count for count in range(2, min(batch, MOST_MICRO_BATCHES) + 1) if batch % count == 0]
         for count in counts:
-            if wanted in (None, count):
+            if batch % count == 0:
                 schedules: list[Schedule | None] = [None] if count == 1 else [Schedule.ONE_F_ONE_B, Schedule.GPIPE]
                 for one in schedules:
                     if schedule in (None, one):
@@ -252,7 +268,7 @@ class _Planning:
         levels = placed.stage.recompute_of(placed.levels)
         return CardPlan(
             card=placed.card.name,
-            position=position % self._per_node,
+            position=position % self._per_node if placed.card.device is None else placed.card.device,
             node=placed.slot.node,
             replica=placed.replica,
             stage=placed.number,
@@ -285,6 +301,10 @@ class _Planning:
         )
 
 
+def _better(best: Placement | None, found: Placement | None, aim: Aim) -> Placement | None:
+    return min((one for one in (best, found) if one), key=lambda one: one.rank(aim), default=None)
+
+
 def _most_capable(slots: Sequence[Slot], count: int) -> list[Slot]:
     """So many of them, those with most memory and then speed, in the order of the list."""
     by_size = sorted(
@@ -297,6 +317,18 @@ def _check(workload: Workload, cards: Sequence[Card], settings: Settings) -> Non
     if not cards:
         raise InputError("a plan needs at least one card; try cpu:8GiB")
     strategy, costs = settings.strategy, workload.whole
+    if settings.nodes > 1 and any(card.device is not None for card in cards):
+        raise InputError(
+            "cards of this machine cannot be those of several; name what each machine has, such as 2*gtx1070"
+        )
+    if settings.nodes > 1 and strategy is Strategy.SINGLE:
+        raise InputError(f"strategy single needs one machine, got {settings.nodes}")
+    kinds = math.prod(count + 1 for count in Counter(cards).values())
+    if kinds > MOST_HANDS and strategy in (None, Strategy.SPLIT):
+        raise InputError(
+            f"a split looks at most at {MOST_HANDS} different hands of cards, these have {kinds}; name fewer kinds of "
+            "cards, or take strategy single or replicate"
+        )
     if settings.nodes < 1 or len(cards) % settings.nodes:
         raise InputError(
             f"every machine must have the same number of cards, got {len(cards)} cards for {settings.nodes} machines"
@@ -325,6 +357,13 @@ def _check_pipeline(workload: Workload, settings: Settings) -> None:
         raise InputError(
             f"micro-batches need norm frozen, for {workload.norm} norms need the batch together; got {count} of them"
         )
+    if settings.schedule and count is None and all(workload.batch % n for n in range(2, MOST_MICRO_BATCHES + 1)):
+        raise InputError(
+            f"schedule {settings.schedule} needs a batch that a number from 2 to {MOST_MICRO_BATCHES} divides, got "
+            f"{workload.batch}"
+        )
+    if settings.schedule is Schedule.ONE_F_ONE_B and count and count < len(settings.cut) + 1:
+        raise InputError(f"schedule 1f1b needs a micro-batch for each of {len(settings.cut) + 1} stages, got {count}")
     if settings.schedule and count == 1:
         raise InputError(f"schedule {settings.schedule} needs several micro-batches, got 1")
     if settings.schedule and workload.norm is not NormMode.FROZEN:

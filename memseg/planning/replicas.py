@@ -15,6 +15,7 @@ where there are at most MOST_GRIDS, else the three that an engineer would draw: 
 a row, and a machine in a row.
 """
 
+import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from memseg.planning.strategies import Column, Member, Slot
 
 MOST_GRIDS = 60
+_FEW_COLUMNS = 6
 MOST_TRIED = 4
 """Images of which all ways to share them out are tried; each share takes a profile."""
 MOST_SHARES = 6
@@ -73,7 +75,7 @@ def best_shares_alike(
     *,
     fewest: int = 0,
 ) -> list[Member] | None:
-    """The same where all cards must rebuild alike.
+    """The same where all cards must rebuild alike: the best shares of up to MOST_TRIED images, near the best of more.
 
     Args:
         slots, batch, fewest: As of `best_shares`.
@@ -112,9 +114,10 @@ def _moved(
             left.remove(mine)
     best = together(_members(slots, shares))
     while True:
+        alike = {(slot, share): n for n, (slot, share) in enumerate(zip(slots, shares, strict=True))}
         moves = [
             [share - (n == giver) + (n == taker) for n, share in enumerate(shares)]
-            for giver, taker in itertools.permutations(range(len(slots)), 2)
+            for giver, taker in itertools.permutations(alike.values(), 2)
             if shares[giver] > fewest
         ]
         found = {tuple(moved): together(_members(slots, moved)) for moved in moves if sum(map(bool, moved)) > 1}
@@ -143,7 +146,10 @@ def grids(slots: Sequence[Slot], replicas: int, stages: int) -> Iterator[tuple[t
 
     All of them, or where they are more than MOST_GRIDS the three that the module names.
     """
-    if _num_grids(len(slots), replicas, stages) <= MOST_GRIDS or len(set(slots)) == 1:
+    if len(set(slots)) == 1:
+        yield (tuple(slots[:stages]),) * replicas
+        return
+    if _num_grids(len(slots), replicas, stages) <= MOST_GRIDS:
         yield from dict.fromkeys(_normal(rows) for rows in _all_grids(tuple(slots), replicas, stages))
         return
     alike = sorted(slots, key=lambda slot: (slot.card.available_bytes, slot.card.flops, slot.card.name, slot.node))
@@ -161,36 +167,42 @@ def _num_grids(cards: int, replicas: int, stages: int) -> int:
 
 
 def _all_grids(slots: tuple[Slot, ...], replicas: int, stages: int) -> Iterator[tuple[tuple[Slot, ...], ...]]:
-    if len(set(slots)) == 1:
-        yield (slots[:stages],) * replicas
-        return
-    for order in set(itertools.permutations(slots)):
+    for order in dict.fromkeys(itertools.permutations(slots)):
         yield tuple(order[start : start + stages] for start in range(0, len(order), stages))
 
 
 def _normal(rows: tuple[tuple[Slot, ...], ...]) -> tuple[tuple[Slot, ...], ...]:
-    """One of all the grids that differ in the order of rows and columns only."""
+    """One of all the grids that differ in the order of rows and columns only; with many columns, in that of rows."""
 
     def key(slots: Sequence[Slot]) -> list[tuple[int, int, str]]:
         return [(slot.node, slot.card.available_bytes, slot.card.name) for slot in slots]
 
+    columns = range(len(rows[0]))
     variants = (
         tuple(sorted((tuple(row[column] for column in order) for row in rows), key=key))
-        for order in itertools.permutations(range(len(rows[0])))
+        for order in (itertools.permutations(columns) if len(columns) <= _FEW_COLUMNS else [columns])
     )
     return min(variants, key=lambda grid: [key(row) for row in grid])
 
 
 def share_vectors(batch: int, replicas: int, multiple: int) -> list[tuple[int, ...]]:
-    """Ways to share `batch` images out among rows, each a multiple: the most even ones, and all their orders."""
-    parts = batch // multiple
-    if parts * multiple != batch:
+    """Ways to share `batch` images out among rows, each a multiple: the most even ones, in all their orders."""
+    parts, rest = divmod(batch, multiple)
+    if rest or parts < replicas:
         return []
-    even = parts // replicas
-    spread = range(1, parts + 1) if parts**replicas <= 2000 else range(max(1, even - 2), even + 3)
-    ways = [shares for shares in itertools.product(spread, repeat=replicas) if sum(shares) == parts]
-    ways.sort(key=lambda shares: (max(shares) - min(shares), shares))
-    return [tuple(share * multiple for share in shares) for shares in ways[:MOST_SHARES]]
+    even, more = divmod(parts, replicas)
+    first = tuple(even + (number < more) for number in range(replicas))
+    waiting, seen = [(max(first) - min(first), first)], {first}
+    ways: list[tuple[int, ...]] = []
+    while waiting and len(ways) < MOST_SHARES:
+        _, shares = heapq.heappop(waiting)
+        ways.append(tuple(share * multiple for share in shares))
+        for giver, taker in itertools.permutations(range(replicas), 2):
+            moved = tuple(share - (n == giver) + (n == taker) for n, share in enumerate(shares))
+            if moved[giver] and moved not in seen:
+                seen.add(moved)
+                heapq.heappush(waiting, (max(moved) - min(moved), moved))
+    return ways
 
 
 def columns_of(rows: Sequence[Sequence[Slot]], shares: Sequence[int]) -> list[Column]:

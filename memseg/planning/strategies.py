@@ -15,7 +15,8 @@ All four are one thing: a row of columns. A column is what runs one stage: a car
 Time of a step. With batch statistics the whole share passes from stage to stage, so stages take turns: a pass takes
 the sum of their times and of the transfers. With frozen norms the share can be cut into micro-batches, which follow
 each other: the sum for one, and the slowest part once more for each other one. Replicas wait for each other, and reduce
-their gradients around a ring once a step. The optimizer's arithmetic and reading of data are left out.
+their gradients around a ring once a step. The optimizer's arithmetic, reading of data and the messages of synced norms
+are left out.
 """
 
 import itertools
@@ -173,8 +174,8 @@ class Placement:
 
     @property
     def _reduce_seconds(self) -> float:
-        """Each gradient crosses every link of its column's ring twice, less one part."""
-        return max(ring_seconds(column, self.network) for column in self.columns)
+        gradients = sum(one.gradient_bytes for one in self.columns[0][0].stage.costs.segments)
+        return ring_seconds([[placed.slot for placed in column] for column in self.columns], gradients, self.network)
 
     @property
     def images_per_second(self) -> float:
@@ -222,11 +223,15 @@ def crossing_bytes(tensors: Iterable[SegmentCost]) -> int:
     return sum(maker.output_bytes * (2 if maker.output_needs_grad else 1) for maker in tensors)
 
 
-def ring_seconds(column: Sequence[PlacedStage], network: float) -> float:
-    """To reduce a stage's gradients over its replicas."""
-    if len(column) == 1:
+def ring_seconds(columns: Sequence[Sequence[Slot]], gradients: int, network: float) -> float:
+    """To reduce all gradients over replicas, as if all of them crossed the slowest link of all rings.
+
+    In a ring each gradient crosses every link twice, less one part. So counted it does not depend on where the model is
+    cut.
+    """
+    replicas = len(columns[0])
+    if replicas == 1:
         return 0.0
-    ring = zip(column, [*column[1:], column[0]], strict=True)
-    slowest = min(link(one.slot, other.slot, network) for one, other in ring)
-    gradients = sum(segment.gradient_bytes for segment in column[0].stage.segments)
-    return 2 * (len(column) - 1) / len(column) * gradients / slowest
+    rings = (zip(column, [*column[1:], column[0]], strict=True) for column in columns)
+    slowest = min(link(one, other, network) for ring in rings for one, other in ring)
+    return 2 * (replicas - 1) / replicas * gradients / slowest

@@ -9,6 +9,7 @@ A cache is a help and never a reason to fail: what cannot be read is profiled, w
 """
 
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -38,6 +39,8 @@ from memseg.profiling.jobs.job import OptimizerFactory, fused_adam
 MOST_FILES = 500
 """Kept, the newest; each is 20 to 200 kB."""
 
+_TOLD_BY_VERSION = ("torch", "memseg", "builtins", "_operator", "operator", "math")
+"""Packages whose code is told by other parts of the key, or by nothing that changes without torch."""
 _SOURCES = (memseg_nn, models, profiling, planning_costs, roofline)
 """Packages and modules whose code decides about costs."""
 
@@ -77,8 +80,9 @@ def cached_model_costs(
         "device": device,
         "replicas": replicas > 1,
     }
-    path = cache_folder() / f"{_digest(asked, build)}.json"
-    found = _read(path)
+    digest = _digest(asked, build)
+    path = cache_folder() / f"{digest}.json"
+    found = _read(path) if digest else None
     if found is not None:
         return found
     costs = model_costs(
@@ -93,6 +97,8 @@ def cached_model_costs(
         replicas=replicas,
         progress=progress,
     )
+    if not digest:
+        return costs
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, costs.to_json())
@@ -132,10 +138,13 @@ def _drop_oldest(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _digest(asked: dict[str, Any], build: Callable[[], SegmentedModel]) -> str:
-    """Of everything that decides about costs."""
+def _digest(asked: dict[str, Any], build: Callable[[], SegmentedModel]) -> str | None:
+    """Of everything that decides about costs; None where code that does has no source to be read."""
     with FakeTensorMode():
         model = build()
+    sources = _sources(model)
+    if sources is None:
+        return None
     known = {
         "asked": asked,
         "model": list(_fingerprint(model)),
@@ -143,6 +152,7 @@ def _digest(asked: dict[str, Any], build: Callable[[], SegmentedModel]) -> str:
         "code": _code_digest(),
         "memseg": version("memseg"),
         "torch": torch.__version__,
+        "sources": sources,
     }
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
@@ -166,8 +176,8 @@ def _code_digest() -> str:
 def _fingerprint(model: SegmentedModel) -> Iterator[Any]:
     """A network as far as it can be told: what it is called, its graph, its modules with their settings, its tensors.
 
-    A network of a user's own is code that we do not read. What is told of each module is its class, its place in the
-    source, what it prints and its plain attributes; of a traced graph its code.
+    What is told of each module is its class, what it prints and its plain attributes; of a traced graph its code. What
+    else the code of others does is told by `_sources`.
     """
     yield [model.name, model.num_classes, model.output_stride, list(model.outputs)]
     yield [[name, list(reads)] for name, reads in model.reads.items()]
@@ -175,6 +185,27 @@ def _fingerprint(model: SegmentedModel) -> Iterator[Any]:
         yield [name, *_told(module)]
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         yield [name, list(tensor.shape), list(tensor.stride()), str(tensor.dtype), tensor.requires_grad]
+
+
+def _sources(model: SegmentedModel) -> list[str] | None:
+    """A digest of each file that has a class of the network's modules, or a function that a traced graph calls.
+
+    torch and memseg are told by their own keys. None where there is no such file.
+    """
+    owners: set[Any] = {type(module) for module in model.modules()}
+    for module in model.modules():
+        if isinstance(graph := getattr(module, "graph", None), Graph):
+            owners |= {node.target for node in graph.nodes if node.op == "call_function"}
+    digests = set()
+    for owner in owners:
+        package = (getattr(owner, "__module__", None) or "torch").partition(".")[0]
+        if package in _TOLD_BY_VERSION:
+            continue
+        try:
+            digests.add(hashlib.sha256(Path(inspect.getsourcefile(owner) or "").read_bytes()).hexdigest())
+        except (OSError, TypeError):
+            return None
+    return sorted(digests)
 
 
 def _told(module: nn.Module) -> Iterator[str]:

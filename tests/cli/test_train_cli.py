@@ -45,7 +45,7 @@ def split_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("split") / "run"
     arguments = streets(30, precision="float32", length=40)
     size = ["--set", "data.image=128x256", "--set", "train.workers=1", "--set", "train.checkpoint_every=500"]
-    cards = ["--cards", "cpu:524MiB,cpu:544MiB", "--strategy", "split"]
+    cards = ["--cards", "cpu:372MiB,cpu:386MiB", "--strategy", "split"]
     return folder, memseg("train", *arguments, *size, *cards, "--json", "--out", folder)
 
 
@@ -112,7 +112,7 @@ def test_a_plan_for_another_model_is_refused_with_the_command_for_a_new_one(tmp_
     assert main(["train", *streets(4), "--plan", str(plan), "--out", str(tmp_path / "run")]) == 2
     told = capsys.readouterr().err
     assert "the plan was made for model ladder-densenet121, the recipe trains ladder-densenet-mini" in told
-    assert "memseg plan ladder-densenet-mini --image 64x128 --batch 2 --classes 8 --norm batch" in told
+    assert "memseg plan ladder-densenet-mini --image 64x128 --batch 2 --classes 8 --accumulate 1 --norm batch" in told
 
 
 def test_a_folder_that_holds_a_run_is_not_trained_over(split_run, capsys):

@@ -90,7 +90,7 @@ def test_every_cuda_profile_is_found_by_each_name_of_its_own(known: Card):
 def test_a_known_card_has_the_capacity_of_its_profile_and_never_more_than_nvmls_total():
     (profile,) = parse_cards("rtx3090")
     card = local_card(RTX3090, 1, known_cards())
-    assert card == replace(profile, name="here:1")
+    assert card == replace(profile, name="here:1", device=1)
     assert card.capacity_bytes == int(23.56 * GIB) < RTX3090.total_bytes
     assert card.sources["capacity"] == profile.sources["capacity"]
     less = local_card(replace(RTX3090, total_bytes=23 * GIB, free_bytes=23 * GIB), 1, known_cards())

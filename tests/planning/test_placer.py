@@ -1,11 +1,16 @@
 import itertools
 import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from memseg.errors import InputError
 from memseg.levels import NormMode, Schedule, Strategy
 from memseg.planning import Card, LevelCost, ModelCosts, Settings, Stage, Work, Workload, make_plan
 from memseg.planning.placer import Placer
@@ -143,6 +148,13 @@ class BruteForce:
         return sum(parts) + further, worst
 
 
+def ring(columns: Sequence[Sequence[Slot]], costs: ModelCosts) -> float:
+    """All gradients around a ring, by the slowest link of any: each link twice, less one part."""
+    count = len(columns[0])
+    gradients = sum(one.gradient_bytes for one in costs.segments)
+    return 2 * (count - 1) / count * gradients / min(slot.card.link for column in columns for slot in column)
+
+
 def cut_ways(num_segments: int, stages: int) -> Iterator[tuple[int, ...]]:
     """Before the last segment: the loss is never alone."""
     return itertools.combinations(range(1, num_segments - 1), stages - 1)
@@ -251,15 +263,13 @@ def test_replicas_of_a_split_are_the_best_of_all_grids_shares_and_cuts(seed: int
         slots = [slots[0], slots[1], slots[0], slots[1]]
     batch, norm = generator.choice([(2, NormMode.BATCH), (3, NormMode.BATCH), (4, NormMode.FROZEN)])
     one_image = replace(random_model(generator, num_segments=generator.randint(3, 5), num_levels=2), norm=norm)
-    # Gradients that weigh nothing: the ring over replicas is not part of what is compared.
-    one_image = replace(one_image, segments=tuple(replace(s, gradient_bytes=0) for s in one_image.segments))
     work = workload(one_image, batch, norm=norm)
     brute, n = BruteForce(work, keeps_gradients=True), len(one_image.segments)
     pipelines = [Pipeline()]
     if norm is NormMode.FROZEN:
         pipelines += [Pipeline(2, Schedule.ONE_F_ONE_B), Pipeline(2, Schedule.GPIPE)]
     best = min(
-        brute.grid([order[:2], order[2:]], shares, pipeline, cuts)[0]
+        brute.grid([order[:2], order[2:]], shares, pipeline, cuts)[0] + ring([order[::2], order[1::2]], one_image)
         for pipeline in pipelines
         for order in set(itertools.permutations(slots))
         for shares in itertools.product(range(1, batch), repeat=2)
@@ -280,12 +290,13 @@ def test_the_plan_is_the_best_of_all_strategies(seed: int):
     slots = random_cards(generator, 2, low=100, high=900)
     norm = generator.choice(list(NormMode))
     one_image = random_model(generator, num_segments=generator.randint(3, 5), num_levels=3)
-    one_image = replace(one_image, segments=tuple(replace(s, gradient_bytes=0) for s in one_image.segments))
     work = workload(one_image, 2, norm=norm)
     n = len(one_image.segments)
     alone, together = BruteForce(work, keeps_gradients=False), BruteForce(work, keeps_gradients=True)
     singles = [alone.stage(slot.card, 2, Pipeline(), 0, n - 1, 0)[0] for slot in slots]
-    replicas = together.column([(slot.card, 1) for slot in slots], Pipeline(), 0, n - 1, 0)[0]
+    replicas = together.column([(slot.card, 1) for slot in slots], Pipeline(), 0, n - 1, 0)[0] + ring(
+        [slots], one_image
+    )
     pipelines = [Pipeline()]
     if norm is NormMode.FROZEN:
         pipelines += [Pipeline(2, Schedule.ONE_F_ONE_B), Pipeline(2, Schedule.GPIPE)]
@@ -396,3 +407,64 @@ def test_a_card_too_slow_to_help_gets_no_share():
     assert [on.batch_share for on in forced.cards] == [1, 2]
     members = best_shares([Slot(slow), Slot(fast)], 3, lambda slot, share: share / slot.card.flops, fewest=1)
     assert members == [Member(Slot(slow), 1), Member(Slot(fast), 2)]
+
+
+def test_what_is_decided_of_splits_allows_nothing_else():
+    one_image = random_model(random.Random(0), num_segments=5, num_levels=2)
+    work = workload(one_image, 4, norm=NormMode.FROZEN)
+    cards = [card(10**6, "a"), card(10**6, "b")]
+    for settings in (Settings(cut=("s2",)), Settings(schedule=Schedule.GPIPE), Settings(micro_batches=2)):
+        plan = make_plan(work, cards, settings)
+        assert {plan.strategy, *(other.strategy for other in plan.alternatives)} == {Strategy.SPLIT}
+
+
+def test_more_micro_batches_than_are_tried_may_be_asked_for():
+    one_image = random_model(random.Random(0), num_segments=5, num_levels=2)
+    work = workload(one_image, 32, norm=NormMode.FROZEN)
+    plan = make_plan(work, [card(10**6, "a"), card(10**6, "b")], Settings(micro_batches=32))
+    assert plan.micro_batches == 32
+
+
+def test_a_cut_decides_how_many_stages_replicas_have():
+    one_image = random_model(random.Random(0), num_segments=5, num_levels=2)
+    work = workload(one_image, 4)
+    settings = Settings(strategy=Strategy.REPLICATE_SPLIT, cut=("s1", "s2"))
+    plan = make_plan(work, [card(10**6)] * 8, settings)
+    assert (plan.replicas, len(plan.stages)) == (2, 3)
+
+
+@pytest.mark.parametrize(("norm", "batch"), [(NormMode.FROZEN, 64), (NormMode.BATCH, 64), (NormMode.BATCH, 33)])
+def test_many_equal_cards_are_planned_at_once(norm: NormMode, batch: int):
+    one_image = random_model(random.Random(0), num_segments=4, num_levels=2)
+    plan = make_plan(workload(one_image, batch, norm=norm), [card(10**6)] * 32)
+    assert plan.feasible
+
+
+def test_plans_do_not_depend_on_how_strings_are_hashed():
+    # Machines that plan alone must come to the same plan.
+    script = """
+from memseg.levels import Strategy
+from memseg.planning import Settings, Workload, make_plan, parse_cards
+from planning.test_placer import random, random_model, scaled
+one = random_model(random.Random(3), num_segments=5, num_levels=2)
+work = Workload(lambda images, replicas: scaled(one, images), 8)
+print(make_plan(work, parse_cards("2*t4,4*v100"), Settings(strategy=Strategy.REPLICATE_SPLIT)).to_json())
+"""
+    tests = Path(__file__).parents[1]
+    plans = {
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": f"{tests}:{tests.parent}"},
+        ).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(plans) == 1
+
+
+def test_a_card_of_this_machine_keeps_its_number():
+    one_image = random_model(random.Random(0), num_segments=4, num_levels=2)
+    here = [replace(card(10**6, f"here:{number}"), device=number) for number in (2, 0)]
+    plan = make_plan(workload(one_image, 2), here, Settings(strategy=Strategy.REPLICATE))
+    assert [(on.card, on.position) for on in plan.cards] == [("here:2", 2), ("here:0", 0)]
+    with pytest.raises(InputError, match="name what each machine has"):
+        make_plan(workload(one_image, 2), here, Settings(nodes=2))

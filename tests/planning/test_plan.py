@@ -363,7 +363,7 @@ def test_one_image_cannot_be_shared_out():
 def test_more_cards_than_segments_are_not_all_used():
     plan = planned(tiny(), parse_cards("5*cpu:3GiB"), strategy=Strategy.SPLIT)
     assert 2 <= len(plan.cards) <= 3
-    with pytest.raises(InputError, match="split must be possible with this batch and these cards; it is not"):
+    with pytest.raises(InputError, match="split must be possible with a batch of 2 and 4 cards, and is not"):
         planned(tiny(), parse_cards("4*cpu:4GiB"), strategy=Strategy.SPLIT, nodes=2)
 
 

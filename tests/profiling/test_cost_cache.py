@@ -227,3 +227,28 @@ def test_without_a_folder_of_the_users_own_it_is_in_their_home(asked, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", asked)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache/memseg"
+
+
+def test_a_network_of_others_is_profiled_anew_when_its_forward_has_changed(tmp_path, profiled):
+    source = tmp_path / "net.py"
+    code = """
+from torch import nn
+
+class Repeated(nn.Module):
+    def forward(self, x):
+        if x.shape[1] != 8:  # The tracer cannot follow, and keeps the layer whole.
+            raise ValueError(x.shape)
+        for _ in range({times}):
+            x = x * 2
+        return x
+
+def build(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Repeated(), nn.Conv2d(8, num_classes, 1))
+"""
+    peaks = []
+    for times in (1, 8, 8):
+        source.write_text(code.replace("{times}", str(times)))
+        costs = cached_model_costs(partial(build_model, f"{source}:build", num_classes=4), image=(32, 32), batch=1)
+        peaks.append(max(one.levels[0].forward_peak_bytes for one in costs.segments))
+    assert len(profiled) == 2
+    assert peaks[1] == peaks[2]

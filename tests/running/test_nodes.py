@@ -15,14 +15,14 @@ from memseg.training.checkpoint import load_run
 TWO = ["--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1"]
 
 
-def on_two(run, steps, plans, timeout=240):
-    """The same command on two machines, but for the plan; what each printed, and its exit code."""
+def on_two(run, steps, plans, timeout=240, *, other_run=None):
+    """The same command on two machines, but for the plan or the folder; what each printed, and its exit code."""
     (port,) = free_ports(1)
     meeting = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    line = ["train", *streets(steps), *meeting, "--json", "--out", run]
+    line = ["train", *streets(steps), *meeting, "--json"]
     started = [
         subprocess.Popen(
-            command(*line, "--plan", plan),
+            command(*line, "--plan", plan, "--out", (other_run or run) if rank else run),
             env=environment() | {"NODE_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -65,6 +65,14 @@ def test_machines_with_different_plans_say_so_and_end(tmp_path):
         assert stderr.splitlines()[-1].startswith(
             "memseg train: all machines must have the same recipe and plan, but machine 1 has others than machine 0; "
         )
+
+
+def test_machines_that_do_not_share_the_run_folder_say_so_and_end(tmp_path):
+    plan = hand_written_plan(tmp_path / "plan.json", shares=(1, 1), nodes=[0, 1])
+    for code, result, stderr in on_two(tmp_path / "run", 2, [plan, plan], other_run=tmp_path / "other"):
+        assert (code, result) == (2, "")
+        assert "Traceback" not in stderr
+        assert "must be on a file system that all machines share; here there is no" in stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
