@@ -345,8 +345,8 @@ def _check(workload: Workload, cards: Sequence[Card], settings: Settings) -> Non
         raise InputError(f"strategy {strategy} shares out the batch, which must be at least 2, got {workload.batch}")
     if strategy is Strategy.SPLIT and len(cards) > len(costs.segments) - 1 > 1:
         raise InputError(
-            f"a split needs a segment for each card, the loss not counted: {costs.model} has {len(costs.segments) - 1}, "
-            f"got {len(cards)} cards; name fewer"
+            f"a split needs a segment for each card, the loss not counted: {costs.model} has "
+            f"{len(costs.segments) - 1}, got {len(cards)} cards; name fewer"
         )
     if strategy is Strategy.SPLIT and len(costs.segments) < 3:
         raise InputError(f"a split needs two segments beside the loss, {costs.model} has {len(costs.segments) - 1}")
