@@ -198,7 +198,7 @@ def test_the_figures_of_a_cpu_are_its_peak_whether_it_fits_and_what_was_measured
     assert figures["Measured"] == "60.0 MiB"
     assert not {"Reserved peak", "Device total"} & set(figures)
     assert page.locator("#verdict.fits").inner_text() == fit_line(mini.memory.peak_allocated_bytes, mini.card)
-    assert f"↑ {mini.card.name} has 7.50 GiB" in texts(page, "#curve .limit text")
+    assert f"↑ {mini.card.name} has 7.80 GiB" in texts(page, "#curve .limit text")
 
 
 def test_three_figures_of_a_gpu_are_told_apart(hostile, show):

@@ -96,7 +96,7 @@ def test_what_does_not_fit_says_by_how_much():
     card = parse_cards("cpu:8GiB")[0]
     assert fit_line(card.available_bytes, card).startswith("fits cpu:8GiB with 0 B to spare")
     assert fit_line(card.available_bytes + 2**30, card) == (
-        "does not fit cpu:8GiB: 1.00 GiB too much; it has 7.50 GiB to fill (8.00 GiB - 0.50 GiB reserve)"
+        "does not fit cpu:8GiB: 1.00 GiB too much; it has 7.80 GiB to fill (8.00 GiB - 0.20 GiB reserve)"
     )
 
 
