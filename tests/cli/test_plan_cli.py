@@ -121,6 +121,7 @@ def test_when_nothing_fits_words_and_json_say_by_how_much_where_and_what_would(c
     printed = capsys.readouterr()
     found = json.loads(printed.out)
     assert found["feasible"] is False
+    assert found["available_bytes"] == 700 * 2**20 - int(0.2 * 2**30)
     assert found["shortfall_bytes"] == found["needed_bytes"] - found["available_bytes"] > 0
     changes = [change.partition(" (needs ")[0] for change in found["advice"]]
     assert {"batch 1", "batch 1 with accumulation 2", "cpu:1GiB in place of cpu:700MiB"} < set(changes)

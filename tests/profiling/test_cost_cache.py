@@ -213,8 +213,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_no_broken_entry(cache):
         "while True: replace_file(path, costs.to_json())\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
-        while not process.stdout.readline().startswith("writing"):
-            pass
+        assert any(line.startswith("writing") for line in process.stdout)
         time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
     (entry,) = entries(cache)
