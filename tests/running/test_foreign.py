@@ -18,7 +18,7 @@ def test_a_u_net_is_planned_split_trained_and_evaluated(tmp_path):
     ]
     plans = [json.loads((run / "plan.json").read_text()) for run in runs]
     assert [len(plan["cards"]) for plan in plans] == [1, 2, 2]
-    # Not the first card of the split: what leaves it is copied, for float64 convolutions on CPUs are not channels-last.
+    # Not the first card of the split: its last segment's own output lives on, which the prediction takes for freed.
     peaks = [card for run in runs for card in json.loads((run / "result.json").read_text())["cards"]]
     for card in (peaks[0], *peaks[2:]):
         assert abs(card["predicted_peak_bytes"] / card["measured_peak_bytes"] - 1) < 0.001
