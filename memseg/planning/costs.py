@@ -86,7 +86,10 @@ class LevelCost:
     forward_peak_bytes: int
     backward_peak_bytes: int
     backward_peak_held_bytes: int
-    """The same where the gradient of its output came from another card, in a buffer that is not freed on the way."""
+    """The same where its output has gone to another card and lives on, and the gradient of it came from there, in a
+    buffer that is not freed on the way."""
+    backward_peak_sent_bytes: int
+    """The same where its output lives on, but the gradient of it is made here, for it is read here too."""
     forward: Work
     backward: Work
     """Includes what is rebuilt."""

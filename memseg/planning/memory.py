@@ -283,10 +283,15 @@ class Stage:
             for maker in (*self.entering, *self.costs.segments[self.first : position + 1])
             if maker.output_needs_grad and self._gradient_made(maker, position)
         ]
+        lives_on = segment in self.leaving or self._is_output(segment)
         held = segment in self.leaving and segment.output_needs_grad and not self._local_readers(segment.name)
         terms += [
             Term(
-                level.backward_peak_held_bytes if held else level.backward_peak_bytes,
+                level.backward_peak_held_bytes
+                if held
+                else level.backward_peak_sent_bytes
+                if lives_on
+                else level.backward_peak_bytes,
                 Category.TEMPORARY,
                 frozenset({(position, number)}),
             )
@@ -317,8 +322,7 @@ class Stage:
         """
         maker = self.costs.segments[position]
         leaves = maker in self.leaving
-        is_output = self.first > 0 and len(self.costs.segments) - 1 in self._local_readers(maker.name)
-        if leaves or held or is_output or not self._readers[maker.name]:
+        if leaves or held or self._is_output(maker) or not self._readers[maker.name]:
             return [Term(maker.output_bytes, Category.ACTIVATION)]
         picks: set[Pick] = set()
         if position < before:
@@ -329,6 +333,10 @@ class Stage:
             if reader < before:
                 picks |= {(reader, number) for number, level in enumerate(segment.levels) if level.saves_inputs[place]}
         return [Term(maker.output_bytes, Category.ACTIVATION, frozenset(picks))] if picks else []
+
+    def _is_output(self, maker: SegmentCost) -> bool:
+        """Does the pipeline hold it for the loss?"""
+        return self.first > 0 and len(self.costs.segments) - 1 in self._local_readers(maker.name)
 
     def _local_readers(self, name: str) -> list[int]:
         return [reader for reader in self._readers[name] if reader in self.positions]

@@ -221,6 +221,7 @@ class _Step:
             del inputs, result
             self._saves_inputs = tuple(tracer.is_alive(key) for key in keys)
             self._saves_output = tracer.is_alive(out_key)
+            self._output_born = tracer.born(out_key) if self._saves_output else None
             self._kept = tracer.allocated_bytes
         shared = sum(layout.size_bytes for layout, saved in zip(reads, self._saves_inputs, strict=True) if saved)
         own_output = self._saves_output * self.out.size_bytes
@@ -235,7 +236,9 @@ class _Step:
             tracer.reset_peak()
             self._root.backward()
             backward_peak = tracer.peak_bytes - self._kept - self.out.size_bytes
-            held_peak = _peak_beside_gradient(tracer.timeline()) - self._kept
+            timeline = _with_output_kept(tracer.timeline(), self._output_born)
+            sent_peak = _backward_peak(timeline) - self._kept - self.out.size_bytes
+            held_peak = _peak_beside_gradient(timeline) - self._kept
         work = tracer.take_work()
         return LevelCost(
             recompute=level,
@@ -245,6 +248,7 @@ class _Step:
             forward_peak_bytes=self._forward_peak,
             backward_peak_bytes=max(0, backward_peak),
             backward_peak_held_bytes=max(0, held_peak),
+            backward_peak_sent_bytes=max(0, sent_peak),
             forward=_total(work, Phase.FORWARD),
             backward=_total(work, Phase.BACKWARD),
         )
@@ -257,7 +261,19 @@ def _peak_beside_gradient(timeline: Timeline) -> int:
     """
     _, gradient, *_ = (one for one in timeline.allocations if one.phase is Phase.BACKWARD)
     rest = replace(timeline, allocations=tuple(one for one in timeline.allocations if one is not gradient))
-    return max(rest.curve[timeline.backward_start :], default=0)
+    return _backward_peak(rest)
+
+
+def _backward_peak(timeline: Timeline) -> int:
+    return max(timeline.curve[timeline.backward_start :], default=0)
+
+
+def _with_output_kept(timeline: Timeline, born: int | None) -> Timeline:
+    """As if somebody else held the output, made at that instant, until backward is over; None: it is gone before."""
+    allocations = (
+        replace(one, died=timeline.instants) if one.born == born else one for one in timeline.allocations
+    )  # fmt: skip
+    return replace(timeline, allocations=tuple(allocations))
 
 
 def _total(work: Mapping[tuple[Phase, str], Work], phase: Phase) -> Work:

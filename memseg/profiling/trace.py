@@ -193,6 +193,10 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Whether the storage of that `key` still exists."""
         return storage_key in self._by_storage
 
+    def born(self, storage_key: int) -> int:
+        """The instant at which the living storage of that `key` was made."""
+        return self._by_storage[storage_key].born
+
     @staticmethod
     def key(tensor: Tensor) -> int:
         """What identifies a tensor's storage while it is alive."""

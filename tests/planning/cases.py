@@ -18,11 +18,15 @@ def level(
     forward: int = 0,
     backward: int = 0,
     backward_held: int | None = None,
+    backward_sent: int | None = None,
     flops: int = 1,
 ) -> LevelCost:
-    """`backward_held` is what `backward` is unless given."""
+    """`backward_held` and `backward_sent` are what `backward` is unless given."""
     held = backward if backward_held is None else backward_held
-    return LevelCost(recompute, saved, inputs, output, forward, backward, held, Work(flops, 0), Work(2 * flops, 0))
+    sent = backward if backward_sent is None else backward_sent
+    return LevelCost(
+        recompute, saved, inputs, output, forward, backward, held, sent, Work(flops, 0), Work(2 * flops, 0)
+    )
 
 
 def segment(name: str, reads: tuple[str, ...], *levels: LevelCost, output: int = 0, **sizes: int) -> SegmentCost:
@@ -60,6 +64,7 @@ def random_model(generator: random.Random, num_segments: int, num_levels: int, l
                 forward_peak_bytes=size(),
                 backward_peak_bytes=size(),
                 backward_peak_held_bytes=size(),
+                backward_peak_sent_bytes=size(),
                 forward=Work(generator.randint(1, 30), generator.randint(0, 30)),
                 backward=Work(generator.randint(1, 60), 0),
             )

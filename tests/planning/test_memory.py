@@ -256,7 +256,11 @@ class Walk:
             received = (
                 own in self.leaving and self.needs_grad[own] and not any(r in self.chosen for r in self.readers[own])
             )
-            working = cost.backward_peak_held_bytes if received else cost.backward_peak_bytes
+            lives_on = (
+                any("caller" in who or "pipeline" in who for who in [self.held[number, own]]) and self.readers[own]
+            )
+            working = cost.backward_peak_sent_bytes if lives_on else cost.backward_peak_bytes
+            working = cost.backward_peak_held_bytes if received else working
             self.peak = max(self.peak, self.alive() + sum(self.output[n] for n in made) + working)
             del self.saved[number, p]
             self.with_gradient.add(p)

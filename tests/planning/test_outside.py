@@ -20,7 +20,7 @@ PROCESS = Process(threads=1, stack_bytes=8 * MIB, mmap_threshold_bytes=16 * MIB)
 def segment(name, **kernels):
     """With levels of so many kernels."""
     levels = tuple(
-        LevelCost(Recompute(level), 0, (), False, 0, 0, 0, Work(0, 0), Work(0, 0), compiled_kernels=count)
+        LevelCost(Recompute(level), 0, (), False, 0, 0, 0, 0, Work(0, 0), Work(0, 0), compiled_kernels=count)
         for level, count in kernels.items()
     )
     return SegmentCost(name, (), 0, True, 0, 0, 0, 0, levels)

@@ -42,6 +42,7 @@ def scaled(costs: ModelCosts, images: int) -> ModelCosts:
             forward_peak_bytes=one.forward_peak_bytes * images,
             backward_peak_bytes=one.backward_peak_bytes * images,
             backward_peak_held_bytes=one.backward_peak_held_bytes * images,
+            backward_peak_sent_bytes=one.backward_peak_sent_bytes * images,
             forward=work(one.forward),
             backward=work(one.backward),
         )
