@@ -21,7 +21,7 @@ from memseg.data.transforms import Region
 from memseg.errors import InputError
 from memseg.nn.layout import band_limit
 from memseg.nn.loss import bands, upsample_rows
-from memseg.training.recipe import DataConfig
+from memseg.training.tables import DataConfig
 
 
 class Network(Protocol):
