@@ -14,13 +14,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from memseg.errors import RecipeError
+from memseg.training.inheritance import RIVALS, read_recipe_file
 from memseg.training.problems import describe_problems
-from memseg.training.shipped import shipped_recipe
 from memseg.training.tables import (
     DataConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
+    Reference,
     RunConfig,
     ScheduleConfig,
     StrictModel,
@@ -36,6 +37,8 @@ class Recipe(StrictModel):
     """Short name; for a shipped recipe that of its file."""
     description: str = ""
     """One line for `memseg recipes`."""
+    reference: Reference | None = None
+    """What others have published of this run, in a table [reference]."""
     data: DataConfig
     model: ModelConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -58,20 +61,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             `schedule.steps` takes the place of `schedule.epochs`, and the other way round.
 
     Raises:
-        RecipeError: all problems of the file and of the overrides together.
+        RecipeError: all problems of the file, of what it extends and of the overrides together.
         UnknownNameError: `source` is no path, and no recipe of that name was shipped.
     """
-    path = Path(source) if Path(source).suffix == ".toml" else shipped_recipe(str(source))
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(str(path), [f"must be TOML: {error}"]) from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(str(path), [f"must be UTF-8 text: {error}"]) from None
-    except OSError as error:
-        raise RecipeError(
-            str(path), [f"cannot be read: {error.strerror}; `memseg recipes` lists shipped ones"]
-        ) from None
+    values, path = read_recipe_file(source)
     return parse_recipe(values, str(path), overrides)
 
 
@@ -107,10 +100,6 @@ def parse_recipe(values: dict[str, Any], where: str, overrides: Sequence[str] = 
     return recipe
 
 
-_RIVALS = {"schedule.epochs": "steps", "schedule.steps": "epochs"}
-"""The length of a run is given one way or the other: overriding one of these removes its neighbour."""
-
-
 def _apply_override(values: dict[str, Any], override: str) -> str | None:
     """Put one override into the tables; a line when that cannot be done."""
     key, equals, text = override.partition("=")
@@ -125,7 +114,7 @@ def _apply_override(values: dict[str, Any], override: str) -> str | None:
             return f"{override}: {'.'.join(path[: depth + 1])} is a value and holds no keys"
         table = table[part]
     table[path[-1]] = _override_value(text.strip())
-    table.pop(_RIVALS.get(key.strip(), ""), None)
+    table.pop(RIVALS.get(path[-1], "") if path[:-1] == ["schedule"] else "", None)
     return None
 
 

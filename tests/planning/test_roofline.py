@@ -87,6 +87,6 @@ def test_each_kind_has_its_rate(capability, kind, rate):
     assert on.flops_of(kind) == rate
 
 
-@pytest.mark.parametrize("kind", set(ProductKind) - {ProductKind.FLOAT64})
+@pytest.mark.parametrize("kind", [kind for kind in ProductKind if kind is not ProductKind.FLOAT64])
 def test_a_card_without_faster_units_computes_everything_at_the_rate_of_float32(kind):
     assert card(10, flops=7.0).flops_of(kind) == 7.0
