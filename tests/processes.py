@@ -167,7 +167,7 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def memseg(*arguments, timeout=240):
+def memseg(*arguments, timeout=600):
     """Run one command line to its end."""
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=timeout, check=False, env=environment()
@@ -181,7 +181,7 @@ def train(folder, *arguments):
     return folder
 
 
-def python(script, *arguments, timeout=120):
+def python(script, *arguments, timeout=300):
     """Run a script in a process of its own."""
     line = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True, timeout=timeout, check=False, env=environment())

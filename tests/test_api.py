@@ -32,7 +32,7 @@ def profile(**settings):
 
 def test_importing_the_package_loads_no_torch():
     code = "import sys, memseg; assert 'torch' not in sys.modules; memseg.profile; assert 'torch' in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
 def test_a_name_that_the_package_does_not_have_is_an_attribute_error():

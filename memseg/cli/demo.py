@@ -104,7 +104,7 @@ def _train(out: Path) -> Path:
     from memseg.training.recipe import load_recipe
 
     recipe = load_recipe("streets_demo")
-    classes = recipe.data.open("train").classes
+    classes = recipe.data.open_train().classes
     plan = plan_for(recipe, len(classes.names), None, _CPU_CARDS, "split")
     folder = out / "run"
     print_result(train(folder, plan, recipe, classes), folder)
@@ -119,7 +119,7 @@ def _evaluate_and_draw(out: Path, run_folder: Path) -> Path:
     from memseg.training.checkpoint import load_trained
 
     trained = load_trained(run_folder)
-    scenes = trained.recipe.data.open("val")
+    scenes = trained.recipe.data.open_val()
     result = evaluate(trained.model, scenes)
     print_scores(result, trained.step)
     pictures = out / "pictures"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memseg.cli.console import add_command, wide_console
-from memseg.cli.planning import AUTO, PlanRequest, add_cards_options
+from memseg.cli.planning import AUTO, OPTIMIZERS, PlanRequest, add_cards_options
 from memseg.errors import InputError
 from memseg.levels import NormMode, Precision, Recompute, Schedule, Strategy
 from memseg.planning.plan import unsplittable
@@ -68,6 +68,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         choices=[precision.value for precision in Precision],
         default=Precision.FLOAT32.value,
         help="what a step computes in; bfloat16 and float16 are autocast (default: float32)",
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default=OPTIMIZERS[0],
+        help="what keeps how much of each parameter; momentum is SGD with it (default: adam)",
     )
     add_cards_options(parser, required=True)
     _add_decisions(parser)
@@ -141,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         accumulation=args.accumulate,
         nodes=args.nnodes,
         levels=tuple(Recompute) if args.recompute is None else _levels(args.recompute),
+        optimizer=args.optimizer,
     )
     settings = request.settings(args.strategy or AUTO, _settings(args))
     try:

@@ -24,6 +24,8 @@ _PASSES = (2, 3, 4, 5, 6, 8, 12, 16)
 """Into how many the batch may be cut, of the changes that are tried."""
 _STACK_BYTES = 2 * 2**20
 """Of a thread where the limit is infinite: glibc's, pthread_create(3), on x86-64."""
+OPTIMIZERS = ("adam", "adamw", "sgd", "momentum")
+"""By what they keep of each parameter: two sums, none, and SGD with momentum one. The first is the default."""
 STRATEGIES = (AUTO, *(strategy.value for strategy in Strategy))
 
 
@@ -43,6 +45,7 @@ class PlanRequest:
         nodes: Machines, each with an equal part of the cards.
         levels: Of recomputing that may be chosen.
         loaders: Processes that read data for each card.
+        optimizer: One of OPTIMIZERS.
 
     Raises:
         InputError: CUDA and CPU cards together.
@@ -63,6 +66,7 @@ class PlanRequest:
         nodes: int = 1,
         levels: Collection[Recompute] = tuple(Recompute),
         loaders: int = 2,
+        optimizer: str = OPTIMIZERS[0],
     ) -> None:
         kinds = sorted({card.kind for card in cards})
         if len(kinds) > 1:
@@ -72,6 +76,7 @@ class PlanRequest:
         self.model, self.num_classes, self.image, self.batch = model, num_classes, image, batch
         self.norm, self.precision, self.aux_weight, self.accumulation = norm, precision, aux_weight, accumulation
         self.cards, self.nodes, self.levels, self.loaders = cards, nodes, levels, loaders
+        self.optimizer = optimizer
         self._kind = kinds[0] if kinds else "cuda"
         self._told_cache = False
 
@@ -138,8 +143,11 @@ class PlanRequest:
     ) -> ModelCosts:
         from memseg.models import build_model
         from memseg.nn.precision import parameter_dtype
+        from memseg.profiling import named_optimizer
         from memseg.profiling.cost_cache import cached_model_costs
 
+        # As the trainer makes it.
+        optimizer = f"{self.optimizer}-fused"
         dtype = parameter_dtype(precision)
         synced = NormMode.SYNCED if replicas > 1 and norm is NormMode.BATCH else norm
         with (
@@ -152,13 +160,14 @@ class PlanRequest:
                 batch=images,
                 norm=synced,
                 aux_weight=self.aux_weight,
+                optimizer=(optimizer, named_optimizer(optimizer)),
                 precision=precision,
                 device=self._kind,
                 replicas=replicas,
                 progress=progress,
                 complain=self._tell_cache,
             )
-        return replace(costs, norm=norm)
+        return replace(costs, norm=norm, optimizer=self.optimizer)
 
     def _tell_cache(self, problem: str) -> None:
         """Once is enough."""

@@ -1,9 +1,10 @@
-"""`memseg predict`: label maps for pictures of one's own."""
+"""`memseg predict`: label maps for pictures and videos of one's own."""
 
 import argparse
 from pathlib import Path
 
 from memseg.cli.console import add_command, progress_bar
+from memseg.cli.network_options import add_network_options, use_network
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -12,45 +13,84 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         subparsers,
         "predict",
         run,
-        summary="Label pictures with a trained network, each at its own size.",
+        summary="Label pictures and videos with a trained network, each at its own size.",
         examples=[
             "memseg predict runs/streets_demo street.png --out labelled",
             "memseg predict runs/camvid_mini pictures/ more.jpg --out labelled --device cpu",
+            "memseg predict runs/camvid_mini drive.mp4 --every 5 --out labelled",
+            "memseg predict runs/camvid_mini pictures/ --scales 0.75,1,1.25 --flip --out labelled",
         ],
     )
-    parser.add_argument("trained", metavar="RUN", type=Path, help="a run's folder, or one of its checkpoints")
-    parser.add_argument("images", metavar="IMAGES", nargs="+", type=Path, help="pictures, or folders of pictures")
+    add_network_options(parser)
+    parser.add_argument(
+        "images", metavar="FILES", nargs="+", type=Path, help="pictures, videos, or folders of them; videos need PyAV"
+    )
     parser.add_argument(
         "--out",
         required=True,
         type=Path,
         metavar="DIR",
-        help="where NAME_labels.png (class indices, 255 for none) and NAME_overlay.png go",
+        help="where NAME_labels.png (class indices, 255 for none) and NAME_overlay.png go; of a video "
+        "NAME/NUMBER_labels.png and NAME_overlay.mp4",
     )
     parser.add_argument(
-        "--device", help="where the network runs, such as cpu or cuda:1 (default: cuda where there is one)"
+        "--every", type=int, default=1, metavar="N", help="of a video, label every N-th picture (default: 1)"
     )
+    parser.add_argument("--no-overlay", dest="overlay", action="store_false", help="write the labels only")
+    parser.add_argument("--no-labels", dest="labels", action="store_false", help="write the overlays only")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write two files for each picture and print where they are; 0.
+    """Write the results of each picture and video and print where they are; 0.
 
     Raises:
-        DataError: a picture is missing or cannot be read.
-        CheckpointError: no run lies there.
+        InputError: PyAV is missing for a video, or nothing would be written.
+        DataError: a picture or video is missing or cannot be read.
+        CheckpointError: no run lies there, or it has no such checkpoint.
     """
-    from memseg.cli.device import choose_device
-    from memseg.inference.labelling import Framing
-    from memseg.inference.predict import find_images, predict_images
-    from memseg.training.checkpoint import load_trained
+    from memseg.errors import InputError
+    from memseg.inference.predict import check_videos, find_inputs, predict_images, predict_video
 
-    device = choose_device(args.device)
-    images = find_images(args.images)
-    trained = load_trained(args.trained)
-    framing = Framing.of(trained.recipe.data)
-    with progress_bar("labelling") as progress:
-        predictions = predict_images(
-            trained.model, images, args.out, trained.classes, device=device, framing=framing, progress=progress
-        )
-    print(f"labelled {len(predictions)} picture{'s' if len(predictions) != 1 else ''} in {args.out}")
+    if not args.overlay and not args.labels:
+        raise InputError("--no-overlay and --no-labels together leave nothing to write; give one of them")
+    if args.every < 1:
+        raise InputError(f"--every must be 1 or more pictures, got {args.every}")
+    inputs = find_inputs(args.images)
+    network = use_network(args)
+    framing = network.framing(network.trained.recipe)
+    check_videos(inputs.videos, framing)
+    model, classes = network.trained.model, network.trained.classes
+    pictures = 0
+    if inputs.images:
+        with progress_bar("labelling") as progress:
+            predictions = predict_images(
+                model,
+                inputs.images,
+                args.out,
+                classes,
+                device=network.device,
+                framing=framing,
+                precision=network.precision,
+                labels=args.labels,
+                overlay=args.overlay,
+                progress=progress,
+            )
+        pictures += len(predictions)
+    for path in inputs.videos:
+        with progress_bar(path.name) as progress:
+            done = predict_video(
+                model,
+                path,
+                args.out,
+                classes,
+                every=args.every,
+                device=network.device,
+                framing=framing,
+                precision=network.precision,
+                labels=args.labels,
+                overlay=args.overlay,
+                progress=progress,
+            )
+        pictures += done.frames
+    print(f"labelled {pictures} picture{'s' if pictures != 1 else ''} in {args.out}")
     return 0

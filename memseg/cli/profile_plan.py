@@ -21,7 +21,7 @@ def profile_plan(path: Path) -> list[ProfileReport]:
     """
     from memseg.models import SegmentedModel, build_model
     from memseg.nn.precision import parameter_dtype
-    from memseg.profiling import segmented_job, trace_job
+    from memseg.profiling import named_optimizer, segmented_job, trace_job
     from memseg.profiling.card_memory import card_memory
     from memseg.profiling.imagined_group import imagine_replicas
     from memseg.profiling.jobs.data_parallel import DataParallel
@@ -51,6 +51,7 @@ def profile_plan(path: Path) -> list[ProfileReport]:
             "batch": card_plan.batch_share,
             "recompute": levels,
             "accumulation": plan.accumulation,
+            "optimizer": named_optimizer(f"{plan.optimizer}-fused"),
         }
         make = (
             partial(stage_job, build, stages, card_plan.stage, **step)
@@ -63,6 +64,7 @@ def profile_plan(path: Path) -> list[ProfileReport]:
             "image": format_image(plan.image),
             "batch": card_plan.batch_share,
             "norm": str(plan.trained_norm),
+            "optimizer": plan.optimizer,
             "recompute": here if len(Counter(here.values())) > 1 else next(iter(here.values())),
             "card_number": f"{number} of {len(plan.cards)}",
         }

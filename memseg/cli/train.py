@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memseg.cli.console import add_command, print_columns, print_json
+from memseg.cli.console import add_command, print_columns, print_json, progress_bar
 from memseg.cli.nodes import add_nodes_options, nodes_of
 from memseg.cli.planning import PlanRequest, add_cards_options
 from memseg.errors import InputError, MemsegError, RunFailedError
@@ -19,9 +19,13 @@ from memseg.units import format_bytes
 
 if TYPE_CHECKING:
     from memseg.data import ClassList, SegmentationDataset
+    from memseg.models import LoadReport
     from memseg.planning import Plan
     from memseg.running import Nodes
     from memseg.training.recipe import Recipe
+
+_SHOW_CURSOR = "\x1b[?25h"
+"""DECTCEM of VT220, as all terminals have it."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -63,12 +67,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         MemsegError: what stopped the run, in one line.
     """
-    from memseg.training.checkpoint import checkpoint_folders, load_run, steps_of
+    from memseg.training.checkpoint import checkpoint_folders, load_run
     from memseg.training.recipe import load_recipe, override_recipe
 
     if bool(args.recipe) == bool(args.resume):
         raise InputError("give either a recipe to begin with, or --resume with the folder of a run")
     nodes = nodes_of(args)
+    begun = None
     if args.resume:
         folder: Path = args.resume
         begun, classes = load_run(folder)
@@ -79,13 +84,12 @@ def run(args: argparse.Namespace) -> int:
         folder = args.out or Path("runs") / recipe.name
         if checkpoint_folders(folder):
             raise InputError(f"{folder} holds a run already; go on with --resume {folder}, or give another --out")
-    dataset = recipe.data.open("train")
+    dataset = recipe.data.open_train()
     if args.resume and dataset.classes.names != classes.names:
         raise InputError(f"{folder} learns {', '.join(classes.names)}; go on with a data set of the same classes")
     if recipe.train.evaluate_every:
-        recipe.data.open("val")
-    checkpoints = checkpoint_folders(folder)
-    _check(recipe, dataset, steps_of(checkpoints[-1]) if checkpoints else 0)
+        recipe.data.open_val()
+    _check(recipe, dataset, folder)
     fresh = not args.resume or args.plan or args.cards or args.strategy
     if args.resume and not fresh:
         plan = _stored_plan(folder, recipe, len(dataset.classes.names))
@@ -102,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
     _check_places(plan, nodes)
     if not (plan.feasible or args.force):
         raise InputError(_why_not(plan))
-    result = train(folder, plan, recipe, dataset.classes, nodes)
+    weights = _class_weights(folder, recipe, begun, dataset) if nodes.is_first else None
+    result = train(folder, plan, recipe, dataset.classes, nodes, class_weights=weights)
     if args.json:
         print_json(result)
     else:
@@ -111,7 +116,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def train(
-    folder: Path, plan: "Plan", recipe: "Recipe", classes: "ClassList", nodes: "Nodes | None" = None
+    folder: Path,
+    plan: "Plan",
+    recipe: "Recipe",
+    classes: "ClassList",
+    nodes: "Nodes | None" = None,
+    *,
+    class_weights: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Carry out a run in its folder, from its last checkpoint where there is one; what its processes found.
 
@@ -121,6 +132,7 @@ def train(
         recipe: Of the run.
         classes: That it learns.
         nodes: The machines; None for this one alone.
+        class_weights: In the loss; None where pixels count alike.
 
     Raises:
         MemsegError: what stopped it.
@@ -135,7 +147,7 @@ def train(
     if not nodes.is_first:
         return _launch(folder, plan, recipe, nodes)
     with _locked(folder):
-        write_run(folder, recipe, classes)
+        write_run(folder, recipe, classes, class_weights)
         save_plan(plan, folder / PLAN_FILE)
         for name in (ERROR_FILE, RESULT_FILE):
             (folder / name).unlink(missing_ok=True)
@@ -171,6 +183,7 @@ def _launch(folder: Path, plan: "Plan", recipe: "Recipe", nodes: "Nodes") -> dic
     try:
         code = launch("memseg.cli.worker", [str(folder), digest], processes=len(mine), at_once=at_once, nodes=nodes)
     except (SignalException, KeyboardInterrupt):
+        _leave_panel()
         raise KeyboardInterrupt(f"interrupted; go on with memseg train --resume {folder}") from None
     except ConnectionError as error:
         raise RunFailedError(
@@ -178,6 +191,7 @@ def _launch(folder: Path, plan: "Plan", recipe: "Recipe", nodes: "Nodes") -> dic
             "start the same command on all of them, and check the address and that the port is free"
         ) from None
     if code:
+        _leave_panel()
         error_file = folder / ERROR_FILE
         if reason := error_file.read_text(encoding="utf-8") if error_file.exists() else "":
             raise MemsegError(reason)
@@ -189,6 +203,12 @@ def _launch(folder: Path, plan: "Plan", recipe: "Recipe", nodes: "Nodes") -> dic
         )
     result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     return result
+
+
+def _leave_panel() -> None:
+    """Below what a worker drew, which had no time to do so itself, with the cursor shown again."""
+    if sys.stderr.isatty():
+        print(_SHOW_CURSOR, file=sys.stderr)
 
 
 def plan_for(
@@ -240,6 +260,7 @@ def plan_for(
         aux_weight=recipe.loss.aux_weight,
         cards=parse_cards(names),
         nodes=nodes,
+        optimizer=recipe.optimizer.kind,
     )
     return request.plan(strategy or recipe.run.strategy, force=force)
 
@@ -257,7 +278,10 @@ def print_result(result: dict[str, Any], folder: Path) -> None:
         beside = [format_bytes(card["outside_bytes"])] if outside else []
         rows.append((card["card"], format_bytes(predicted), *beside, format_bytes(measured), difference))
     print_columns(rows)
-    print(f"\n{result['steps']} steps, last loss {result['loss']:.4f}; everything lies in {folder}")
+    stopped = ", stopped early" if result["stopped_early"] else ""
+    best = result["best"]
+    scored = f", best val mIoU {best['miou']:.2%} at step {best['step']}" if best else ""
+    print(f"\n{result['steps']} steps{stopped}, last loss {result['loss']:.4f}{scored}; everything lies in {folder}")
 
 
 def _check_places(plan: "Plan", nodes: "Nodes") -> None:
@@ -280,15 +304,37 @@ def _why_not(plan: "Plan") -> str:
 
 def _check_continues(recipe: "Recipe", begun: "Recipe") -> None:
     """Refuse overrides that would make another network of a run."""
-    if recipe.model != begun.model or recipe.train.precision != begun.train.precision:
-        raise InputError("a run goes on with the model and the precision it began with; begin a new one for others")
+    kept = ((one.model, one.train.precision, one.optimizer.kind) for one in (recipe, begun))
+    if next(kept) != next(kept):
+        raise InputError(
+            "a run goes on with the model, the precision and the optimizer it began with; begin a new one for others"
+        )
 
 
-def _check(recipe: "Recipe", dataset: "SegmentationDataset", done: int) -> None:
+def _class_weights(
+    folder: Path, recipe: "Recipe", begun: "Recipe | None", dataset: "SegmentationDataset"
+) -> Sequence[float] | None:
+    """Of the loss: as the recipe has them, as the run had them when it began, or from all labels."""
+    from memseg.data import class_weights
+    from memseg.training.checkpoint import read_class_weights
+    from memseg.training.tables import UNWEIGHTED
+
+    wanted = recipe.loss.class_weights
+    is_scheme = isinstance(wanted, str) and wanted != UNWEIGHTED
+    if is_scheme and not (begun and begun.loss.class_weights == wanted):
+        with progress_bar("class weights") as progress:
+            return class_weights(dataset, str(wanted), progress)
+    return read_class_weights(folder, recipe)
+
+
+def _check(recipe: "Recipe", dataset: "SegmentationDataset", folder: Path) -> None:
     import torch
 
-    from memseg.data import TrainingView
-    from memseg.models import build_model
+    from memseg.models import build_model, check_pretrained
+    from memseg.training.checkpoint import checkpoint_folders, steps_of
+    from memseg.training.initial import check_initial_weights
+    from memseg.training.log import read_metrics
+    from memseg.training.standing import Standing
     from memseg.training.trainer import training_length
 
     with torch.device("meta"):
@@ -299,17 +345,42 @@ def _check(recipe: "Recipe", dataset: "SegmentationDataset", done: int) -> None:
             "memseg plan and memseg profile take it, memseg train does not"
         )
     model.check_image(recipe.data.image, batch=recipe.train.batch)
-    data = recipe.data
-    TrainingView(dataset, size=data.image, fit=data.fit, flip=data.flip, seed=recipe.train.seed, region=data.region)
+    recipe.data.training_view(dataset, seed=recipe.train.seed)
+    numbers, classes = recipe.loss.class_weights, dataset.classes.names
+    if not isinstance(numbers, str) and len(numbers) != len(classes):
+        raise InputError(
+            f"loss.class_weights must have a number for each of the {len(classes)} classes {', '.join(classes)}, "
+            f"got {len(numbers)}"
+        )
     _, total_steps = training_length(recipe, len(dataset))
+    checkpoints = checkpoint_folders(folder)
+    done = steps_of(checkpoints[-1]) if checkpoints else 0
+    standing = Standing.of(read_metrics(folder), done)
+    if standing.ends(recipe.train.early_stop):
+        raise InputError(
+            f"the run has ended after {done} steps, as {standing.since_best} evaluations found nothing better; "
+            "to go on all the same give --set train.early_stop=0"
+        )
     if done >= total_steps:
         raise InputError(
             f"the run has done {done} of {total_steps} steps, nothing is left; "
             f"for more give --set schedule.steps={2 * done}"
         )
-    weights = recipe.model.encoder_weights
-    if weights and not weights.is_file():
-        raise InputError(f"model.encoder_weights must name a file, there is none at {weights}")
+    if recipe.model.initial_weights and not done:
+        check_initial_weights(recipe.model.initial_weights, model)
+    if (weights := recipe.model.encoder_weights) and not done:
+        report = check_pretrained(model, weights, progress=sys.stderr.isatty())
+        print(_pretrained_line(weights, report), file=sys.stderr)
+
+
+def _pretrained_line(weights: str, report: "LoadReport") -> str:
+    parts = [f"{weights}: {len(report.loaded)} keys loaded"]
+    if report.new:
+        parts.append(f"new are {', '.join(report.new)}")
+    if report.ignored:
+        more = f" and {len(report.ignored) - 8} more" if len(report.ignored) > 8 else ""
+        parts.append(f"ignored {', '.join(report.ignored[:8])}{more}")
+    return "; ".join(parts)
 
 
 def _check_plan(plan: "Plan", recipe: "Recipe", num_classes: int) -> None:
@@ -335,6 +406,7 @@ def _check_plan(plan: "Plan", recipe: "Recipe", num_classes: int) -> None:
         accumulation=recipe.train.accumulation,
         norm=recipe.model.norm,
         precision=recipe.train.precision,
+        optimizer=recipe.optimizer.kind,
     )
 
 

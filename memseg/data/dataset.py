@@ -1,16 +1,16 @@
-"""What every data set is, and the pairs of files that most of them are.
+"""What every data set is, and how its files are found and read.
 
-A training run of a day should not die in its ninth hour because one label is missing. So opening a split looks at every
-file of it once: each image must have a label of the same size and of a kind that can hold class numbers. Only headers
-are read for that, thousands of files in a second or two, and all that is wrong is told at once. What only decoding can
-show, a file that breaks off or a label value that is no class, is told with the file's name when it is read.
+Training, scores and class weights need labels; a network that is trained needs pictures only, and the official test
+splits have no labels. So there are two nouns: an ImageSplit has pictures and says what the classes are, a
+SegmentationDataset has the class of every pixel beside it.
 """
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,20 +19,15 @@ from PIL import Image, UnidentifiedImageError
 from memseg.errors import DataError, suggest
 
 Pixels = npt.NDArray[np.uint8]
+InstanceIds = npt.NDArray[np.uint16]
 
 IGNORE_INDEX = 255
 """The value of a target's unlabelled pixels, which neither loss nor metrics count."""
 
 SHOWN_PROBLEMS = 10
 """Lines of an error about a split that are printed; the error carries all of them."""
-NOT_A_CLASS = -1
-"""In a table of label values: this value must not occur."""
-
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow raises on files that are no image, or that are damaged."""
-_IMAGE_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"})
-"""Pillow's 8-bit modes; the deeper ones would be clipped in silence."""
-_LABEL_MODES = frozenset({"L", "P"})
 
 
 @dataclass(frozen=True)
@@ -46,14 +41,20 @@ class ClassList:
     names: tuple[str, ...]
     colours: tuple[tuple[int, int, int], ...]
     """Red, green, blue of each class in pictures, 0 to 255."""
+    categories: tuple[str, ...] = ()
+    """The group of each class, where the data set scores groups too, as Cityscapes does; otherwise empty."""
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.colours):
             raise ValueError(f"each class needs one colour, got {len(self.names)} names, {len(self.colours)} colours")
+        if self.categories and len(self.names) != len(self.categories):
+            raise ValueError(
+                f"each class needs one category, got {len(self.names)} names, {len(self.categories)} categories"
+            )
 
 
-class SegmentationDataset(ABC):
-    """One split of a data set: images, and for each the class of every pixel."""
+class ImageSplit(ABC):
+    """One split of a data set: its images, and which classes their pixels may have."""
 
     name: str
     """As `open_dataset` knows it."""
@@ -80,6 +81,13 @@ class SegmentationDataset(ABC):
             DataError: the file cannot be decoded.
         """
 
+
+class SegmentationDataset(ImageSplit):
+    """One split of a data set: images, and for each the class of every pixel."""
+
+    has_instances: bool = False
+    """Whether `instances` knows every image."""
+
     @abstractmethod
     def target(self, index: int) -> Pixels:
         """The class number of each pixel, uint8 (H, W); IGNORE_INDEX where there is none.
@@ -88,128 +96,21 @@ class SegmentationDataset(ABC):
             DataError: the file cannot be decoded, or holds a value that is no class.
         """
 
+    def instances(self, index: int) -> InstanceIds | None:
+        """Which single thing each pixel belongs to, uint16 (H, W), numbered as the data set does; None if not known.
 
-@dataclass(frozen=True)
-class Pair:
-    """An image file and its label file."""
+        Raises:
+            DataError: the file cannot be decoded.
+        """
+        return None
 
-    key: str
-    image: Path
-    label: Path
-    table: npt.NDArray[np.int16]
-    """Class number, IGNORE_INDEX or NOT_A_CLASS of each label value; (256,)."""
+    def source(self, index: int, part: str) -> str | None:
+        """What decides `part` ("image" or "target") of a sample: alike as long as it is; None where nothing can tell.
 
-
-def label_table(numbers: dict[int, int], *, ignored: Iterable[int] = ()) -> npt.NDArray[np.int16]:
-    """A `Pair`'s table from class numbers by label value; a value that is in neither argument is not a class.
-
-    >>> label_table({7: 0, 8: 1}, ignored=[0])[[7, 8, 0, 9]].tolist()
-    [0, 1, 255, -1]
-    """
-    table = np.full(256, NOT_A_CLASS, np.int16)
-    table[list(ignored)] = IGNORE_INDEX
-    for value, number in numbers.items():
-        table[value] = number
-    return table
-
-
-class PairedFiles(SegmentationDataset):
-    """A split that is pairs of files on disk.
-
-    Args:
-        name: As `open_dataset` knows the data set.
-        split: Name of the split.
-        root: The data set's folder; errors begin with it.
-        classes: Its classes.
-        pairs: In the order of the indices.
-        hint: What to do when no label at all is there.
-
-    Raises:
-        DataError: there are no pairs, two have one key, or a file is missing, is no image, or differs in size
-            from its partner.
-    """
-
-    def __init__(
-        self, name: str, split: str, *, root: Path, classes: ClassList, pairs: Sequence[Pair], hint: str = ""
-    ) -> None:
-        self.name, self.split, self.classes, self.root = name, split, classes, root
-        self._pairs = list(pairs)
-        self._sizes: list[tuple[int, int]] = []
-        if not pairs:
-            raise DataError(str(root), [f"split {split!r} must hold at least one image, found none"])
-        if not any(pair.label.is_file() for pair in pairs):
-            problem = f"split {split!r} has {len(pairs)} images and not one label, such as {pairs[0].label}"
-            raise DataError(str(root), [f"{problem}; {hint or 'take a split with labels'}"])
-        problems: list[str] = []
-        owners: dict[str, Path] = {}
-        for pair in pairs:
-            if pair.key in owners:
-                first, second = self._short(owners[pair.key]), self._short(pair.image)
-                problems.append(f"{first} and {second} share one label; rename one of them, with a label of its own")
-            owners.setdefault(pair.key, pair.image)
-            self._sizes.append(self._check(pair, problems))
-        if problems:
-            raise split_error(root, problems)
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def key(self, index: int) -> str:
-        return self._pairs[index].key
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self._sizes[index]
-
-    def image(self, index: int) -> Pixels:
-        return read_image(self._pairs[index].image)
-
-    def target(self, index: int) -> Pixels:
-        pair = self._pairs[index]
-        values = _decode(pair.label, None)
-        numbers = pair.table[values]
-        if numbers.min() == NOT_A_CLASS:
-            bad = np.unique(values[numbers == NOT_A_CLASS]).tolist()
-            row, column = (int(place) for place in np.argwhere(numbers == NOT_A_CLASS)[0])
-            known = np.flatnonzero(pair.table != NOT_A_CLASS).tolist()
-            found = f"found {_ranges(bad)}, first at row {row}, column {column}"
-            raise DataError(
-                str(pair.label),
-                [f"label values must be {_ranges(known)} ({self.name}), {found}; correct the label or the class list"],
-            )
-        return numbers.astype(np.uint8)
-
-    def _short(self, path: Path) -> str:
-        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
-
-    def _check(self, pair: Pair, problems: list[str]) -> tuple[int, int]:
-        """(height, width) of the image by its header; what is wrong with the pair joins `problems`."""
-        image, label = self._short(pair.image), self._short(pair.label)
-        size = (0, 0)
-        try:
-            size, mode = _header(pair.image)
-            if mode not in _IMAGE_MODES:
-                problems.append(f"{image}: must have 8 bits for each channel, found Pillow mode {mode}; convert it")
-        except _UNREADABLE as error:
-            problems.append(f"{image}: cannot be read as an image ({_reason(error)}); restore or remove it")
-        if not pair.label.is_file():
-            problems.append(f"{image}: has no label; add {label}, or remove the image")
-            return size
-        try:
-            label_size, mode = _header(pair.label)
-        except _UNREADABLE as error:
-            problems.append(f"{label}: cannot be read as an image ({_reason(error)}); restore it")
-            return size
-        if mode not in _LABEL_MODES:
-            problems.append(
-                f"{label}: must hold one 8-bit class number a pixel (Pillow mode L or P), found mode {mode}"
-            )
-        if size != (0, 0) and label_size != size:
-            (height, width), (label_height, label_width) = size, label_size
-            problems.append(
-                f"{label}: must be {height}x{width} like its image, found {label_height}x{label_width}"
-                " (height x width); take the label that was drawn on this image"
-            )
-        return size
+        Raises:
+            DataError: the file is gone.
+        """
+        return None
 
 
 def split_error(root: Path, problems: Sequence[str]) -> DataError:
@@ -268,25 +169,39 @@ def read_image(path: Path) -> Pixels:
     Raises:
         DataError: it is no image, or breaks off.
     """
-    return _decode(path, "RGB")
+    return np.asarray(decode(path, "RGB"), np.uint8)
 
 
-def _decode(path: Path, mode: str | None) -> Pixels:
+def decode(path: Path, mode: str | None = None) -> npt.NDArray[Any]:
+    """The values in an image file, (H, W) or (H, W, channels).
+
+    Args:
+        path: Of the file.
+        mode: Pillow's name of what to convert to; None for the values as they are, such as numbers in a palette.
+
+    Raises:
+        DataError: it is no image, or breaks off.
+    """
     try:
         with Image.open(path) as image:
-            return np.array(image.convert(mode) if mode and image.mode != mode else image, np.uint8)
-    except _UNREADABLE as error:
-        problem = f"cannot be decoded ({_reason(error)}); restore it from its source, or remove it"
-        raise DataError(str(path), [problem]) from error
+            return np.array(image.convert(mode) if mode and image.mode != mode else image)
+    except UNREADABLE as error:
+        raise undecodable(path, error) from error
 
 
-def _header(path: Path) -> tuple[tuple[int, int], str]:
-    """((height, width), Pillow mode), from the header alone."""
+def undecodable(path: Path, error: BaseException) -> DataError:
+    """What is raised when a file's content is damaged."""
+    return DataError(str(path), [f"cannot be decoded ({reason(error)}); restore it from its source, or remove it"])
+
+
+def header(path: Path) -> tuple[tuple[int, int], str]:
+    """((height, width), Pillow mode) of an image file, from its header alone."""
     with Image.open(path) as image:
         return (image.height, image.width), image.mode
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Why a file cannot be read, in the words of what tried."""
     if isinstance(error, UnidentifiedImageError):
         return "no known image format"
     return str(error) or type(error).__name__
@@ -295,18 +210,3 @@ def _reason(error: BaseException) -> str:
 def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
-
-
-def _ranges(values: Sequence[int]) -> str:
-    """Whole numbers in rising order as people write them.
-
-    >>> _ranges([0, 1, 2, 255]), _ranges([12])
-    ('0-2, 255', '12')
-    """
-    parts: list[list[int]] = []
-    for value in values:
-        if parts and value == parts[-1][-1] + 1:
-            parts[-1].append(value)
-        else:
-            parts.append([value])
-    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)

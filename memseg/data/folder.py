@@ -10,19 +10,12 @@ A line of classes.txt is `road`, `road #804080` or `road 128 64 128`; the first 
 import re
 from pathlib import Path
 
-from memseg.data.dataset import (
-    IGNORE_INDEX,
-    ClassList,
-    Pair,
-    PairedFiles,
-    label_table,
-    split_error,
-    split_folder,
-    visible_files,
-)
+from memseg.data.dataset import IGNORE_INDEX, ClassList, split_error, split_folder, visible_files
+from memseg.data.paired_files import ImageFile, ImageFiles, Label, PairedFiles, label_table
 from memseg.errors import DataError
 
-_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"})
+IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"})
+"""Of the pictures that are read; other files beside them are left alone."""
 _LINE = re.compile(r"(?P<name>.*?\S)(?:\s+(?:#(?P<hex>[0-9a-fA-F]{6})|(?P<parts>[0-9]+\s+[0-9]+\s+[0-9]+)))?")
 
 
@@ -32,17 +25,30 @@ def open_folder(split: str, root: Path) -> PairedFiles:
     Raises:
         DataError: the layout above does not hold.
     """
-    folder = split_folder(root, "images", split)
+    images, folder = _images(split, root), root / "images" / split
     classes = read_classes(root / "classes.txt")
-    numbers = {number: number for number in range(len(classes.names))}
-    table = label_table(numbers, ignored=[IGNORE_INDEX])
-    pairs = []
-    for image in visible_files(folder):
-        if image.suffix.lower() in _ENDINGS:
-            place = image.relative_to(folder).with_suffix("")
-            label = root / "labels" / split / place.parent / f"{place.name}.png"
-            pairs.append(Pair("_".join(place.parts), image, label, table))
+    table = label_table({number: number for number in range(len(classes.names))}, ignored=[IGNORE_INDEX])
+    pairs = [
+        (image, Label((root / "labels" / split / image.path.relative_to(folder)).with_suffix(".png"), table))
+        for image in images
+    ]
     return PairedFiles("folder", split, root=root, classes=classes, pairs=pairs)
+
+
+def folder_images(split: str, root: Path) -> ImageFiles:
+    """The pictures of a split, with labels or without.
+
+    Raises:
+        DataError: the layout above does not hold.
+    """
+    images = _images(split, root)
+    return ImageFiles("folder", split, root=root, classes=read_classes(root / "classes.txt"), images=images)
+
+
+def _images(split: str, root: Path) -> list[ImageFile]:
+    folder = split_folder(root, "images", split)
+    found = (path for path in visible_files(folder) if path.suffix.lower() in IMAGE_ENDINGS)
+    return [ImageFile("_".join(path.relative_to(folder).with_suffix("").parts), path) for path in found]
 
 
 def read_classes(path: Path) -> ClassList:
@@ -85,13 +91,13 @@ def _colour(match: re.Match[str], number: int) -> tuple[int, int, int]:
     if match["hex"]:
         red, green, blue = bytes.fromhex(match["hex"])
         return red, green, blue
-    return _spread_colour(number + 1)
+    return spread_colour(number + 1)
 
 
-def _spread_colour(number: int) -> tuple[int, int, int]:
+def spread_colour(number: int) -> tuple[int, int, int]:
     """A colour far from those of nearby numbers: PASCAL VOC's map, which deals the bits out to the channels.
 
-    >>> _spread_colour(1), _spread_colour(2), _spread_colour(15)
+    >>> spread_colour(1), spread_colour(2), spread_colour(15)
     ((128, 0, 0), (0, 128, 0), (192, 128, 128))
     """
     parts = [0, 0, 0]

@@ -48,6 +48,13 @@ def overlay_png(image: Pixels, labels: Pixels, classes: ClassList, *, opacity: f
     return Image.fromarray(np.rint(mixed).astype(np.uint8))
 
 
+def jpeg_bytes(picture: Image.Image) -> bytes:
+    """A picture as a JPEG, its colours at full resolution: label maps have sharp edges."""
+    content = BytesIO()
+    picture.save(content, format="JPEG", quality=88, subsampling=0)
+    return content.getvalue()
+
+
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write a PNG that is whole or not there."""
     content = BytesIO()

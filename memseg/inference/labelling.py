@@ -4,23 +4,30 @@ A network must see a picture as it did in training: the same region, at the same
 back to the picture's own pixels. Done in the usual way, that makes tensors of num_classes floats per pixel, twice
 when the picture was resized. Here the logits stay at the network's output resolution, and both steps are one bilinear
 interpolation, done for a band of rows at a time, of which only the strongest class is kept.
+
+A picture may be looked at several times, at other scales and mirrored. Of each view only the coarse logits are kept;
+their probabilities are made and added up band by band.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from memseg.data import IGNORE_INDEX, Fit, pad_to_multiple, to_tensor
+from memseg.data import IGNORE_INDEX, Fit, Region, pad_to_multiple, resize_image, to_tensor
 from memseg.data.dataset import Pixels
-from memseg.data.transforms import Region
 from memseg.errors import InputError
+from memseg.levels import Precision
+from memseg.nn.autograd import wide_dtype
 from memseg.nn.layout import band_limit
 from memseg.nn.loss import bands, upsample_rows
+from memseg.nn.precision import computing
+from memseg.nn.upsample import row_sources
 from memseg.training.tables import DataConfig
 
 
@@ -55,17 +62,28 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Framing:
-    """What of a picture the network sees, and how large."""
+    """What of a picture the network sees, how large, and how often."""
 
     region: Region | None = None
     """(top, bottom, left, right) in pixels of the picture; None for all of it."""
     size: tuple[int, int] | None = None
-    """(height, width) that the region is resized to, a multiple of the output stride; None for its own size."""
+    """(height, width) that the region is resized to; None for its own size."""
+    scales: tuple[float, ...] = (1.0,)
+    """The picture is seen at each of these multiples of that size, and the probabilities are averaged."""
+    flip: bool = False
+    """Each is seen mirrored left to right too."""
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise InputError(
+                f"scales must be one or more numbers above 0, got {list(self.scales)}; try 0.75, 1 and 1.25"
+            )
 
     @classmethod
-    def of(cls, data: DataConfig) -> Self:
+    def of(cls, data: DataConfig, *, scales: Sequence[float] = (1.0,), flip: bool = False) -> Self:
         """As in training, but for random crops: those show the picture at its own scale, and so do we, whole."""
-        return cls(region=data.region, size=data.image if data.fit is Fit.RESIZE else None)
+        size = data.image if data.fit is Fit.RESIZE else None
+        return cls(region=data.region, size=size, scales=tuple(scales), flip=flip)
 
     def region_in(self, size: tuple[int, int]) -> Region:
         """(top, bottom, left, right) in a picture of `size` (height, width).
@@ -82,36 +100,103 @@ class Framing:
         return top, bottom, left, right
 
 
+class _View(NamedTuple):
+    """What the network said to a picture, seen once."""
+
+    coarse: Tensor
+    """Logits (1, K, h, w)."""
+    whole: tuple[float, float]
+    """(height, width) that they cover, in pixels of the picture's region: it and the padding."""
+
+
+@contextmanager
+def evaluating(model: Network, device: torch.device) -> Iterator[None]:
+    """The model on a device and in eval mode; afterwards in the mode it came in."""
+    was_training = model.training
+    model.to(device).eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.inference_mode()
-def label_image(model: Network, image: Pixels, *, framing: Framing, device: torch.device) -> Pixels:
+def label_image(
+    model: Network,
+    image: Pixels,
+    *,
+    framing: Framing,
+    device: torch.device,
+    precision: Precision = Precision.FLOAT32,
+) -> Pixels:
     """The class of every pixel of a picture, uint8 (H, W); 255 outside the framing's region.
 
-    A region at its own size is padded on the right and at the bottom, with the mean colour, to a multiple of the
-    network's output stride, and the padding's part of the answer is dropped.
+    What the network sees is padded on the right and at the bottom, with the mean colour, to a multiple of its output
+    stride, and the padding's part of the answer is dropped. Of several views the softmax probabilities are averaged.
 
     Args:
         model: In eval mode, on `device`.
         image: uint8 (H, W, 3), RGB.
         framing: What of it the network sees.
         device: Where the network runs.
+        precision: A half precision is autocast; the others compute in the type of the weights.
 
     Raises:
-        InputError: the picture is smaller than the framing's region, or a side of `framing.size` is no multiple of the
-            output stride.
+        InputError: the picture is smaller than the framing's region.
     """
     top, bottom, left, right = framing.region_in((image.shape[0], image.shape[1]))
-    seen = image[top:bottom, left:right]
-    height, width = seen.shape[:2]
-    if framing.size is None:
-        given = pad_to_multiple(to_tensor(seen), model.output_stride)
-        whole = (given.shape[1], given.shape[2])
-    else:
-        resized = Image.fromarray(seen).resize(framing.size[::-1], Image.Resampling.BILINEAR)
-        given = to_tensor(np.asarray(resized))
-        whole = (height, width)
-    coarse = model.coarse_outputs(given[None].to(device, next(model.parameters()).dtype))[0]
+    with computing(precision, device.type):
+        scales = _seen_at_each_scale(model, image[top:bottom, left:right], framing, device)
     labels = np.full(image.shape[:2], IGNORE_INDEX, dtype=np.uint8)
-    for band in bands(height, coarse.shape[1] * whole[1] * coarse.element_size(), band_limit(coarse)):
-        strongest = upsample_rows(coarse, whole, band)[0, :, :, :width].argmax(0)
+    coarse = scales[0][0].coarse
+    row_bytes = coarse.shape[1] * (right - left) * wide_dtype(coarse.dtype).itemsize
+    for band in bands(bottom - top, row_bytes, band_limit(coarse)):
+        strongest = _strength(scales, band, right - left).argmax(0)
         labels[top + band.start : top + band.stop, left:right] = strongest.to(torch.uint8).cpu().numpy()
     return labels
+
+
+def _seen_at_each_scale(model: Network, seen: Pixels, framing: Framing, device: torch.device) -> list[list[_View]]:
+    """For each scale the view of the picture, and with flips after it that of the mirrored picture."""
+    height, width = seen.shape[:2]
+    dtype = next(model.parameters()).dtype
+    scales = []
+    for scale in framing.scales:
+        base = framing.size or (height, width)
+        size = max(1, round(base[0] * scale)), max(1, round(base[1] * scale))
+        shown = resize_image(seen, size)
+        views = []
+        for pixels in (shown, shown[:, ::-1]) if framing.flip else (shown,):
+            given = pad_to_multiple(to_tensor(pixels), model.output_stride)
+            whole = given.shape[1] * height / size[0], given.shape[2] * width / size[1]
+            views.append(_View(model.coarse_outputs(given[None].to(device, dtype))[0], whole))
+        scales.append(views)
+    return scales
+
+
+def _strength(scales: list[list[_View]], rows: slice, width: int) -> Tensor:
+    """(K, len(rows), width), strongest where the class is: logits of one view, summed probabilities of several."""
+    if len(scales) == len(scales[0]) == 1:
+        return _fine_logits(scales[0][0], rows, width)
+    total: Tensor | float = 0.0
+    for upright, *mirrored in scales:
+        # A view and its mirror image are added first: so the answer to a mirrored picture is the same, mirrored.
+        found = _fine_logits(upright, rows, width).softmax(0)
+        for view in mirrored:
+            found += _fine_logits(view, rows, width).softmax(0).flip(2)
+        total = found + total
+    assert isinstance(total, Tensor)
+    return total
+
+
+def _fine_logits(view: _View, rows: slice, width: int) -> Tensor:
+    """Rows of a view's logits at the picture's own size, (K, len(rows), width)."""
+    coarse, (whole_height, whole_width) = view.coarse, view.whole
+    if whole_height.is_integer() and whole_width.is_integer():
+        return upsample_rows(coarse, (int(whole_height), int(whole_width)), rows)[0, :, :, :width]
+    # Scaled and padded, the picture's last column may lie between two of the network's; `interpolate` has no such size.
+    across = row_sources(coarse.shape[3], whole_width, 0, width, coarse.device)
+    down = row_sources(coarse.shape[2], whole_height, rows.start, rows.stop, coarse.device)
+    source = coarse[:, :, down.read, across.read].to(wide_dtype(coarse.dtype))
+    between = down.mix(source, dim=2)
+    return across.mix(between, dim=3)[0]

@@ -30,11 +30,11 @@ from torch.utils._pytree import tree_flatten
 from memseg.errors import InputError, ProblemsError
 from memseg.levels import NormMode, Recompute
 from memseg.models.cut import Steps, cut
-from memseg.models.densenet import read_weights
 from memseg.models.samples import STRIDES, Samples, take_samples, tensors_in
 from memseg.models.segmented import IMAGES, Segment, SegmentedModel
 from memseg.models.traced_segment import TracedSegment, with_zero_gradient
 from memseg.models.tracing import module_path, outputs_of, trace
+from memseg.models.weights import read_weights
 from memseg.nn import BatchNorm2d, convert
 
 _RESERVED = frozenset({IMAGES, "target", "loss", *dir(nn.ModuleDict())})
@@ -130,6 +130,19 @@ def load_original(model: SegmentedModel, weights: Mapping[str, Tensor], *, where
     Raises:
         ProblemsError: keys are missing, or shapes differ; all are named, and nothing has been changed.
     """
+    chosen, unused = match_original(model, weights, where=where)
+    model.load_state_dict(chosen)
+    return unused
+
+
+def match_original(
+    model: SegmentedModel, weights: Mapping[str, Tensor], *, where: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """What `load_original` loads, by our names, and the keys that it does not use.
+
+    Raises:
+        ProblemsError: as `load_original`.
+    """
     own = model.state_dict()
     wanted = {original_name(name): name for name in own}
     problems = [f"nothing in it fills {key}" for key in wanted if key not in weights]
@@ -140,8 +153,7 @@ def load_original(model: SegmentedModel, weights: Mapping[str, Tensor], *, where
     ]
     if problems:
         raise ProblemsError(f"{where} (a state dict of {model.name} is needed)", problems)
-    model.load_state_dict({name: weights[key] for key, name in wanted.items()})
-    return [key for key in weights if key not in wanted]
+    return {name: weights[key] for key, name in wanted.items()}, [key for key in weights if key not in wanted]
 
 
 def load_original_file(model: SegmentedModel, path: Path) -> list[str]:

@@ -1,125 +1,106 @@
-"""The ladder: a slim up path that blends each block's features back in, from /64 to /4.
+"""A segmentation network: an encoder, a context at its end, and an up path that blends the encoder's maps back in.
+
+The ladder joins every level of the encoder, here that of a DenseNet with block 4 halved, from /64 to /4:
 
     stem - block1 - block2 - block3 - block4a - block4b - context - aux_logits (auxiliary loss)
              |skip1   |skip2   |skip3    |skip4               |
     logits - blend1 - blend2 - blend3 - blend4 ---------------+
 
-Every width of the up path is the same (128 in the paper), so it costs little beside the encoder. Skip projections
-stand right behind their block: where a model is cut there, their 128 channels cross to the next card, not the block's
-256 to 1280.
+Other networks join fewer levels: one whose last blocks are dilated the first alone, and one without an up path none,
+so that its logits read the context. Every width of the up path is the same (128 in the paper), so it costs little
+beside the encoder. Skip projections stand right behind their block: where a model is cut there, their 128 channels
+cross to the next card, not the block's 256 to 2048.
 
 Source: Kreso, Krapac, Segvic, "Ladder-style DenseNets for Semantic Segmentation of Large Natural Images", 2017.
 """
 
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from memseg.levels import NormMode, Recompute
-from memseg.models.densenet import DenseNetConfig, Encoder, densenet_encoder
+from memseg.levels import NormMode
+from memseg.models.context import Context, DilatedContext
+from memseg.models.encoder import Encoder, EncoderConfig
 from memseg.models.segmented import Segment, SegmentedModel
-from memseg.nn import Blend, NormReluConv, rebuild
-from memseg.nn.autograd import is_traced
+from memseg.nn import Blend, NormReluConv
 
 
-class Context(nn.Module):
-    """BN-ReLU-1x1, then a dilated BN-ReLU-3x3: widens the view at the coarsest map.
+@dataclass(frozen=True)
+class Architecture:
+    """What a network is made of."""
 
-    Args:
-        in_channels: Channels of the encoder's end.
-        width: Channels of the bottleneck (512 in the paper).
-        out_channels: Channels of the result (128).
-        norm: Mode of the norms.
-        recompute: `segment` also drops the bottleneck.
-    """
-
-    levels: ClassVar[tuple[Recompute, ...]] = (Recompute.NONE, Recompute.UNITS, Recompute.SEGMENT)
-
-    def __init__(self, in_channels: int, width: int, out_channels: int, *, norm: NormMode) -> None:
-        super().__init__()
-        self.bottleneck = NormReluConv(in_channels, width, kernel_size=1, norm=norm)
-        self.dilated = NormReluConv(width, out_channels, kernel_size=3, dilation=2, norm=norm)
-        self._recompute = Recompute.NONE
-
-    @property
-    def recompute(self) -> Recompute:
-        """The level of both units together."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, level: Recompute) -> None:
-        self._recompute = self.bottleneck.recompute = self.dilated.recompute = level
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) to (N, out_channels, H, W)."""
-        if self._recompute is Recompute.SEGMENT and not is_traced():
-            return rebuild(self._run, x, owner=self)
-        return self._run(x)
-
-    def _run(self, x: Tensor) -> Tensor:
-        out: Tensor = self.dilated(self.bottleneck(x))
-        return out
+    encoder: EncoderConfig
+    joined: int | None = None
+    """How many of the encoder's levels the up path joins, the finest ones; None: all but the last."""
+    context: Callable[..., Context] = DilatedContext
+    """Takes the encoder's channels, its bottleneck's, its output's, and `norm`."""
+    has_aux: bool = True
+    """Whether the context's output makes auxiliary logits."""
+    width: int = 128
+    """Channels of skips, blends and the context's output."""
+    context_width: int = 512
+    """Channels of the context's bottleneck."""
+    published_cut: tuple[str, ...] = ()
+    """As of SegmentedModel."""
 
 
-def ladder_densenet(
-    name: str,
-    config: DenseNetConfig,
-    *,
-    num_classes: int,
-    width: int = 128,
-    context_width: int = 512,
-    norm: NormMode = NormMode.BATCH,
+def build_architecture(
+    name: str, architecture: Architecture, *, num_classes: int, norm: NormMode = NormMode.BATCH
 ) -> SegmentedModel:
-    """A LadderDenseNet with auxiliary logits at /64 and logits at /4.
+    """A network with random weights.
 
     Args:
         name: Its name in the zoo.
-        config: Of its encoder.
+        architecture: What it is made of.
         num_classes: Channels of the logits.
-        width: Channels of skips, blends and the context's result.
-        context_width: Channels of the context's bottleneck.
         norm: Mode of all norms.
     """
-    encoder = densenet_encoder(config, norm=norm)
-    segments = [*_down_path(encoder, width, norm), *encoder.tail]
-    segments.append(
-        Segment("context", Context(encoder.out_channels, context_width, width, norm=norm), (segments[-1].name,))
-    )
-    segments.append(Segment("aux_logits", _logits(width, num_classes, norm), ("context",)))
+    encoder, width = architecture.encoder.build(norm), architecture.width
+    *joinable, end = encoder.levels
+    joined = joinable[: architecture.joined]
+    segments: list[Segment] = []
+    for level in encoder.levels:
+        segments += level.segments
+        if level in joined:
+            skip = NormReluConv(level.channels, width, kernel_size=1, norm=norm)
+            segments.append(Segment(f"skip{level.name}", skip, (segments[-1].name,)))
+    context = architecture.context(end.channels, architecture.context_width, width, norm=norm)
+    segments.append(Segment("context", context, (end.segments[-1].name,)))
+    outputs = ["logits"]
+    if architecture.has_aux:
+        segments.append(Segment("aux_logits", _logits(width, num_classes, norm), ("context",)))
+        outputs.append("aux_logits")
     coarse = "context"
-    for index in range(len(encoder.blocks), 0, -1):
-        segments.append(Segment(f"blend{index}", Blend(width, width, width, norm=norm), (coarse, f"skip{index}")))
-        coarse = f"blend{index}"
+    for level in reversed(joined):
+        blend = Blend(width, width, width, norm=norm)
+        segments.append(Segment(f"blend{level.name}", blend, (coarse, f"skip{level.name}")))
+        coarse = f"blend{level.name}"
     segments.append(Segment("logits", _logits(width, num_classes, norm), (coarse,)))
     model = SegmentedModel(
         name,
         segments,
-        outputs=("logits", "aux_logits"),
+        outputs=outputs,
         num_classes=num_classes,
-        output_stride=64,
+        output_stride=end.stride,
         encoder=encoder.names,
-        published_cut=("transition2",),
+        origin=encoder.origin,
+        published_cut=architecture.published_cut,
     )
-    _initialise(model)
+    _initialise(model, encoder)
     return model
-
-
-def _down_path(encoder: Encoder, width: int, norm: NormMode) -> list[Segment]:
-    segments: list[Segment] = []
-    for index, (part, channels) in enumerate(encoder.blocks, start=1):
-        skip = NormReluConv(channels, width, kernel_size=1, norm=norm)
-        segments += [*part, Segment(f"skip{index}", skip, (part[-1].name,))]
-    return segments
 
 
 def _logits(channels: int, num_classes: int, norm: NormMode) -> NormReluConv:
     return NormReluConv(channels, num_classes, kernel_size=1, bias=True, norm=norm)
 
 
-def _initialise(model: nn.Module) -> None:
-    """As torchvision's DenseNet: He initialisation of convolutions, unit norms, no biases."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+def _initialise(model: SegmentedModel, encoder: Encoder) -> None:
+    """He initialisation of convolutions, in the encoder as torchvision does it; unit norms, no biases."""
+    for name, segment in model.segments.items():
+        fan = encoder.fan if name in encoder.names else "fan_in"
+        for module in segment.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode=fan, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)

@@ -7,6 +7,7 @@ that cross its borders as inputs and outputs: that is what one card of a split m
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +21,20 @@ from memseg.nn import BatchNorm2d, layout
 
 IMAGES = "images"
 """The name under which segments read the input batch."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The network of torchvision's whose weights an encoder takes."""
+
+    name: str | None
+    """As in `torchvision.models.get_model`; None where there is none of this size."""
+    family: str
+    """In words."""
+    prefixes: Mapping[str, str]
+    """Beginnings of our names, behind "segments.", each up to a dot, and of theirs; the longest that fits holds."""
+    unused: tuple[str, ...]
+    """Beginnings of their names that no encoder has."""
 
 
 class Segment(NamedTuple):
@@ -193,6 +208,7 @@ class SegmentedModel(SegmentGraph):
         num_classes: Channels of the logits.
         output_stride: Image sides must be multiples of it; of a network of ours the input size over the coarsest map's.
         encoder: Names of the segments that pretrained weights fill.
+        origin: Whose weights those are, of a network of ours.
         is_dense: Whether it labels pixels; else whole images.
         norm_stride: Input size over that of the coarsest map of which batch norm takes statistics, `math.inf` where a
             map pooled to 1x1 is normalised; by default the output stride.
@@ -210,6 +226,7 @@ class SegmentedModel(SegmentGraph):
         num_classes: int,
         output_stride: int,
         encoder: Sequence[str] = (),
+        origin: Origin | None = None,
         is_dense: bool = True,
         norm_stride: float | None = None,
         image: tuple[int, int] | None = None,
@@ -218,16 +235,16 @@ class SegmentedModel(SegmentGraph):
         super().__init__(segments, inputs=(IMAGES,), outputs=outputs)
         self.name, self.num_classes, self.output_stride = name, num_classes, output_stride
         self.encoder, self.is_dense, self.image = tuple(encoder), is_dense, image
+        self.origin = origin
         self.published_cut = tuple(published_cut)
         self.norm_stride: float = output_stride if norm_stride is None else norm_stride
 
-    def objective(self, aux_weight: float = 0.3) -> Objective:
-        """What its training minimises.
-
-        Args:
-            aux_weight: Weight shared by all outputs but the first, 0..1.
-        """
-        return Objective(aux_weight) if self.is_dense else ClassificationObjective(aux_weight)
+    def objective(
+        self, aux_weight: float = 0.3, *, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0
+    ) -> Objective:
+        """What its training minimises; the arguments are those of `Objective`."""
+        kind = Objective if self.is_dense else ClassificationObjective
+        return kind(aux_weight, class_weights=class_weights, label_smoothing=label_smoothing)
 
     def make_target(self, batch: int, image: tuple[int, int]) -> Tensor:
         """Random labels for a batch of images: (N, H, W) of uint8 for pixels, (N,) of int64 for whole images."""

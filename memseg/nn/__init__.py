@@ -7,16 +7,19 @@ from memseg.nn.dense_block import DenseBlock, DenseLayer
 from memseg.nn.loss import IGNORE_INDEX, banded_cross_entropy
 from memseg.nn.norm_relu_conv import Blend, NormReluConv, norm_relu_conv
 from memseg.nn.recompute import rebuild, recompute
+from memseg.nn.residual import Bottleneck, ResidualLayer
 from memseg.nn.stem import conv_norm_relu_pool
 
 __all__ = [
     "IGNORE_INDEX",
     "BatchNorm2d",
     "Blend",
+    "Bottleneck",
     "Conversion",
     "DenseBlock",
     "DenseLayer",
     "NormReluConv",
+    "ResidualLayer",
     "banded_cross_entropy",
     "conv_norm_relu_pool",
     "convert",

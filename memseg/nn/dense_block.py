@@ -51,19 +51,27 @@ class DenseLayer(nn.Module):
         in_channels: Channels it reads.
         growth_rate: Channels it adds.
         bn_size: Bottleneck width, in multiples of `growth_rate`.
+        dilation: Of the 3x3 convolution.
         drop_rate: Probability that dropout zeroes a number it adds.
         norm: Mode of both norms.
     """
 
     def __init__(
-        self, in_channels: int, growth_rate: int, *, bn_size: int = 4, drop_rate: float = 0.0, norm: NormMode
+        self,
+        in_channels: int,
+        growth_rate: int,
+        *,
+        bn_size: int = 4,
+        dilation: int = 1,
+        drop_rate: float = 0.0,
+        norm: NormMode,
     ) -> None:
         super().__init__()
         width = bn_size * growth_rate
         self.norm1 = BatchNorm2d(in_channels, norm=norm)
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.norm2 = BatchNorm2d(width, norm=norm)
-        self.conv2 = nn.Conv2d(width, growth_rate, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, growth_rate, 3, padding=dilation, dilation=dilation, bias=False)
         self.drop_rate = drop_rate
 
     def forward(self, features: Tensor) -> Tensor:
@@ -97,6 +105,7 @@ class DenseBlock(nn.Module):
         in_channels: Channels of its input.
         growth_rate: Channels that each layer adds.
         bn_size: Bottleneck width, in multiples of `growth_rate`.
+        dilation: Of the 3x3 convolutions.
         drop_rate: Of dropout behind each layer, 0..1.
         norm: Mode of all norms.
         recompute: What to rebuild in backward; may be changed at any time.
@@ -104,7 +113,8 @@ class DenseBlock(nn.Module):
     Under autocast the whole block computes in autocast's dtype, its input included.
 
     Raises:
-        ValueError: `num_layers`, `in_channels` or `growth_rate` is less than 1, or `drop_rate` not within 0..1.
+        ValueError: `num_layers`, `in_channels`, `growth_rate` or `dilation` is less than 1, or `drop_rate` not within
+            0..1.
     """
 
     levels: ClassVar[tuple[Recompute, ...]] = tuple(Recompute)
@@ -116,24 +126,30 @@ class DenseBlock(nn.Module):
         in_channels: int,
         growth_rate: int,
         bn_size: int = 4,
+        dilation: int = 1,
         drop_rate: float = 0.0,
         norm: NormMode = NormMode.BATCH,
         recompute: Recompute = Recompute.NONE,
     ) -> None:
         super().__init__()
-        if min(num_layers, in_channels, growth_rate) < 1:
+        if min(num_layers, in_channels, growth_rate, dilation) < 1:
             raise ValueError(
-                "num_layers, in_channels and growth_rate must be at least 1, "
-                f"got {num_layers}, {in_channels} and {growth_rate}"
+                "num_layers, in_channels, growth_rate and dilation must be at least 1, "
+                f"got {num_layers}, {in_channels}, {growth_rate} and {dilation}"
             )
         if not 0 <= drop_rate < 1:
             raise ValueError(f"drop_rate must be at least 0 and less than 1, got {drop_rate}")
         self.in_channels, self.growth_rate, self.width = in_channels, growth_rate, bn_size * growth_rate
         self.out_channels = in_channels + num_layers * growth_rate
-        self.recompute = recompute
+        self.dilation, self.recompute = dilation, recompute
         for index in range(num_layers):
             layer = DenseLayer(
-                in_channels + index * growth_rate, growth_rate, bn_size=bn_size, drop_rate=drop_rate, norm=norm
+                in_channels + index * growth_rate,
+                growth_rate,
+                bn_size=bn_size,
+                dilation=dilation,
+                drop_rate=drop_rate,
+                norm=norm,
             )
             self.add_module(f"denselayer{index + 1}", layer)
 
@@ -209,7 +225,7 @@ class _DenseBlockNode(torch.autograd.Function):
             project(features[:, :channels], norm1.scale, norm1.shift, projection, None, pixels(bottleneck))
             norm2 = NormRelu.of(layer.norm2, weight2, bias2, layer.norm2.statistics(bottleneck))
             grown = out[:, channels : channels + block.growth_rate]
-            convolve([bottleneck], norm2.scale, norm2.shift, conv2.to(x.dtype), None, 1, grown)
+            convolve([bottleneck], norm2.scale, norm2.shift, conv2.to(x.dtype), None, block.dilation, grown)
             if layer.drops:
                 dropped, mask = torch.native_dropout(channels_last(grown), layer.drop_rate, True)
                 grown.copy_(dropped)
@@ -223,6 +239,7 @@ class _DenseBlockNode(torch.autograd.Function):
             keep_rate = 1 - layer.drop_rate if layer.drops else 1.0
             notes.append(_Layer(channels, norm1.without_tensors(), norm2.without_tensors(), keep_rate))
         ctx.layers, ctx.in_channels, ctx.growth, ctx.width = notes, block.in_channels, block.growth_rate, block.width
+        ctx.dilation = block.dilation
         ctx.save_for_backward(out, *parameters, *statistics, *masks, *bottlenecks)
         return out
 
@@ -268,7 +285,7 @@ class _DenseBlockNode(torch.autograd.Function):
                 norm2.shift,
                 norm2.statistics.mean,
                 conv2.to(out.dtype),
-                1,
+                ctx.dilation,
                 [grad_bottleneck],
                 norm2.needs_sums,
             )

@@ -30,7 +30,6 @@ from memseg.nn.layout import (
     band_limit,
     bands,
     channels_last,
-    device_type,
     empty_map,
     images,
     narrowed,
@@ -39,6 +38,7 @@ from memseg.nn.layout import (
     tile_rows,
     tiles,
 )
+from memseg.nn.products import Scratch, add_product, product
 
 _aten = torch.ops.aten
 _Shape = torch.Size | Sequence[int]
@@ -58,7 +58,7 @@ def project(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tenso
     for tile in tiles(x):
         part = normalised[: tile.stop - tile.start]
         chains.norm_relu(x[tile], scale, shift, part)
-        out[tile] = _product(part, weight, bias)
+        out[tile] = product(part, weight, bias)
 
 
 def _narrow_project_backward(grad_out: Tensor, x: Tensor, *others: Any) -> tuple[Any, ...]:
@@ -86,11 +86,11 @@ def project_backward(
     """
     grad_weight, sums = _gradients_like(weight, wants_sums)
     back = weight.t().contiguous()
-    scratch = _Scratch(x.new_empty(tile_rows(x), x.shape[1]), scale, shift, mean, bias, wants_sums)
+    scratch = Scratch(x.new_empty(tile_rows(x), x.shape[1]), scale, shift, mean, bias, wants_sums)
     for tile in tiles(x):
         normalised, centred = scratch.normalise(x[tile])
-        _add_product(grad_weight, grad_out[tile], normalised)
-        part = _product(grad_out[tile], back)
+        add_product(grad_weight, grad_out[tile], normalised)
+        part = product(grad_out[tile], back)
         chains.spread(part, normalised, scale, to=grad[tile], add=add, centred=centred, sums=sums)
         del part
     return grad_weight, sums
@@ -115,7 +115,7 @@ def project_pooled(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias
         pooled = F.avg_pool2d(images(normalised), 2)
         part = target[band.first : band.last, band.start // 2 : band.stop // 2]
         del normalised
-        part.copy_(_product(pixels(pooled), weight, bias).view(part.shape))
+        part.copy_(product(pixels(pooled), weight, bias).view(part.shape))
         del pooled
 
 
@@ -146,13 +146,13 @@ def project_pooled_backward(
         grad.zero_()  # pooling leaves out the last row or column of an odd side
     for band in _pool_bands(x):
         region = _pool_region(x, band)
-        scratch = _Scratch(torch.empty_like(source[region]), scale, shift, mean, bias, wants_sums)
+        scratch = Scratch(torch.empty_like(source[region]), scale, shift, mean, bias, wants_sums)
         normalised, centred = scratch.normalise(source[region])
         pooled = pixels(F.avg_pool2d(images(normalised), 2))
         grad_part = grads[band.first : band.last, band.start // 2 : band.stop // 2].reshape(-1, weight.shape[0])
-        _add_product(grad_weight, grad_part, pooled)
+        add_product(grad_weight, grad_part, pooled)
         del pooled
-        grad_pooled = _product(grad_part, back).mul_(0.25)
+        grad_pooled = product(grad_part, back).mul_(0.25)
         batch, height, width, channels = normalised.shape
         part = torch.empty_like(normalised)
         quarters = part.view(batch, height // 2, 2, width // 2, 2, channels)
@@ -290,26 +290,6 @@ def _grad_band(grad_out: Tensor, band: Band, halo: int) -> Tensor:
     return out
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (M, C) @ weight.T (C, O) + bias.
-
-    On CPUs with several threads as a 1x1 convolution over one row of pixels: oneDNN's is faster than the matrix product
-    of the BLAS that torch comes with (`python -m benchmarks.bands`). With one thread, or in float64, torch does not
-    take oneDNN's.
-    """
-    if device_type(x) != "cpu" or x.dtype == torch.float64 or torch.get_num_threads() == 1:
-        return F.linear(x, weight, bias)
-    return pixels(F.conv2d(images(x.reshape(1, -1, 1, x.shape[1])), channels_last(weight[:, :, None, None]), bias))
-
-
-def _add_product(total: Tensor, grad_out: Tensor, x: Tensor) -> None:
-    """total (O, C) += grad_out.T @ x, in the total's dtype."""
-    if total.dtype == x.dtype:
-        total.addmm_(grad_out.t(), x)
-    else:
-        total += torch.mm(grad_out.t(), x)
-
-
 def _gradients_like(weight: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor]:
     wide = wide_dtype(weight.dtype)
     return torch.zeros_like(weight, dtype=wide), weight.new_zeros(2, weight.shape[1] if wants_sums else 0, dtype=wide)
@@ -356,27 +336,6 @@ def _pool_bands(x: Tensor) -> list[Band]:
 def _pool_region(x: Tensor, band: Band) -> tuple[slice, slice, slice]:
     """A band of (N, H, W, C), without the last column of an odd width."""
     return slice(band.first, band.last), slice(band.start, band.stop), slice(0, x.shape[3] // 2 * 2)
-
-
-class _Scratch:
-    """A band's normalised map, and what is centred where sums are wanted, in memory that serves band after band."""
-
-    def __init__(
-        self, like: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, bias: Tensor, wants_sums: bool
-    ) -> None:
-        self._normalised = like
-        self._centred = torch.empty_like(like, dtype=mean.dtype) if wants_sums else None
-        self._scale, self._shift, self._mean, self._bias = scale, shift, mean, bias
-
-    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """relu(bn(x)), and x - mean or None."""
-        normalised = self._normalised[: x.shape[0]]
-        if self._centred is None:
-            chains.norm_relu(x, self._scale, self._shift, normalised)
-            return normalised, None
-        centred = self._centred[: x.shape[0]]
-        chains.centre_norm_relu(x, self._mean, self._scale, self._bias, centred=centred, normalised=normalised)
-        return normalised, centred
 
 
 def _fake_gradients(weight: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor]:

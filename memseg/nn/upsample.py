@@ -34,8 +34,8 @@ class RowSources(NamedTuple):
         return (1 - (self.position - coarse).abs_()).clamp_(min=0).to(dtype)
 
 
-def row_sources(coarse_height: int, height: int, start: int, stop: int, device: torch.device) -> RowSources:
-    """Of rows start..stop of a map of `height` rows, upsampled from one of `coarse_height`."""
+def row_sources(coarse_height: int, height: float, start: int, stop: int, device: torch.device) -> RowSources:
+    """Of rows start..stop of a map of `height` rows, or a fraction more, upsampled from one of `coarse_height`."""
     ratio = coarse_height / height
     first, last = (int(max((row + 0.5) * ratio - 0.5, 0)) for row in (start, stop - 1))
     fine = torch.arange(start, stop, device=device, dtype=torch.float64)

@@ -144,6 +144,8 @@ class ModelCosts:
     target_bytes: int
     segments: tuple[SegmentCost, ...]
     """In topological order; the last is "loss"."""
+    optimizer: str = "adam"
+    """What makes its state: a name that `named_optimizer` takes."""
 
     def __post_init__(self) -> None:
         problems = _structure_problems(self.segments)

@@ -137,6 +137,8 @@ class Plan(StrictModel):
     """Passes in each step."""
     norm: NormMode
     precision: Precision
+    optimizer: str = "adam"
+    """By what it keeps of each parameter: "adam", "adamw", "sgd" or, SGD with momentum, "momentum"."""
     strategy: Strategy
     micro_batches: int = Field(ge=1)
     """Into which a split cuts each replica's share."""
@@ -232,6 +234,7 @@ class Plan(StrictModel):
         accumulation: int,
         norm: NormMode,
         precision: Precision,
+        optimizer: str,
     ) -> None:
         """Is this the plan for that run, with the torch that is installed?
 
@@ -245,6 +248,7 @@ class Plan(StrictModel):
             accumulation: Passes per step.
             norm: What batch norm normalises with.
             precision: Of activations and parameters.
+            optimizer: As the plan names it.
 
         Raises:
             PlanError: made for something else; every difference is told.
@@ -252,6 +256,7 @@ class Plan(StrictModel):
         wanted: dict[str, object] = {
             "model": model, "num_classes": num_classes, "image": _write_image(image), "batch": batch,
             "accumulation": accumulation, "norm": norm.value, "precision": precision.value,
+            "optimizer": optimizer,
         }  # fmt: skip
         found = self.model_dump(mode="json", include=set(wanted))
         differences = [
@@ -272,8 +277,8 @@ class Plan(StrictModel):
             image_text, norm_text = _write_image(image), norm.value
             command = [
                 "memseg", "plan", model, "--image", image_text, "--batch", str(batch), "--classes", str(num_classes),
-                "--accumulate", str(accumulation), "--norm", norm_text, "--precision", precision, "--cards", cards,
-                "-o", "plan.json",
+                "--accumulate", str(accumulation), "--norm", norm_text, "--precision", precision,
+                "--optimizer", optimizer, "--cards", cards, "-o", "plan.json",
             ]  # fmt: skip
             raise PlanError(
                 f"the plan was made for {'; for '.join(differences)}; make a new one: {shlex.join(command)}, "

@@ -244,6 +244,7 @@ class _Planning:
             accumulation=self._workload.accumulation,
             norm=costs.norm,
             precision=costs.precision,
+            optimizer=costs.optimizer,
             strategy=best.strategy,
             micro_batches=best.pipeline.micro_batches,
             schedule=best.pipeline.schedule,

@@ -31,9 +31,9 @@ def single_file(name: str, *, scripts: Sequence[str], title: str, data: dict[str
         title=escape(title),
         version=escape(memseg.__version__),
         style=style,
-        style_hash=_policy_hash(style),
+        style_hash=policy_hash(style),
         script=script,
-        script_hash=_policy_hash(script),
+        script_hash=policy_hash(script),
         # The only way out of a script element begins with this letter.
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     )
@@ -44,6 +44,6 @@ def asset(name: str) -> str:
     return (files("memseg.reports") / "assets" / name).read_text(encoding="utf-8")
 
 
-def _policy_hash(content: str) -> str:
+def policy_hash(content: str) -> str:
     """As a content security policy names an inline style or script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

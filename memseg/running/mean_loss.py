@@ -4,12 +4,12 @@ A step's pixels come in parts: passes that are accumulated, shares of replicas, 
 mean over its own pixels, but the mean of means is another number where parts differ in what is labelled, and how much
 the whole step has is known only once its last image has been read. So each part's mean is weighted by
 
-    its labelled pixels / all pixels of the step
+    its labelled pixels, by the weights of their classes where these have some / all pixels of the step
 
 a constant that is known beforehand, and what has been summed up is put right once, at the end: two numbers are added up
 over all processes, and the gradients, if any pixel was unlabelled, multiplied by
 
-    all pixels of the step / labelled pixels of the step
+    all pixels of the step / labelled pixels of the step, weighted likewise
 
 The result is the gradient of the mean over the labelled pixels of the whole step, whoever computed it.
 """
@@ -36,7 +36,7 @@ class MeanLoss:
     def __init__(self, objective: Objective, *, pixels: int | None, replicas: int, device: torch.device) -> None:
         self._objective, self._pixels, self._replicas = objective, pixels, replicas
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
-        """Of losses and of pixels that count, of this process's parts."""
+        """Of losses and of what pixels count, of this process's parts."""
 
     def __call__(self, *outputs_and_target: Tensor) -> Tensor:
         """What to run backward from, of one part: its coarse outputs, and last its target."""
@@ -44,7 +44,7 @@ class MeanLoss:
         if self._pixels is None:
             self._sums += torch.stack((mean.detach().double(), torch.ones_like(self._sums[1])))
             return mean
-        labelled = torch.count_nonzero(outputs_and_target[-1] != self._objective.ignore_index)
+        labelled = self._objective.divisor(outputs_and_target[-1])
         self._sums += torch.stack((mean.detach() * labelled.double(), labelled.double()))
         return mean * (labelled * (self._replicas / self._pixels)).to(mean.dtype)
 

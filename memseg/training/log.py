@@ -7,6 +7,7 @@ step first cuts it back to that step, into a new file that takes the place of th
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +46,10 @@ class MetricsLog:
         self._lines.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Put the lines on the disk: a checkpoint that relies on them, as the best one does, comes after."""
+        os.fsync(self._lines.fileno())
 
     def close(self) -> None:
         """Write out what TensorBoard still buffers, and close the files."""

@@ -16,7 +16,7 @@ OTHER = "resnet18/2x3x256x512/sgd-loop"
 def run(*arguments):
     """The command to its end, from the top of the repository, as its users run it."""
     line = [sys.executable, "-m", "benchmarks.prediction", "--threads", "1", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=240, check=False, cwd=ROOT, env=environment())
+    return subprocess.run(line, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT, env=environment())
 
 
 def results(path, *rows, version=torch.__version__):

@@ -17,7 +17,7 @@ SMALL = ("--model", "ladder-densenet-mini", "--image", "64x128", "--steps", "5",
 def run(*arguments):
     """The command to its end, from the top of the repository, as its users run it."""
     line = [sys.executable, "-m", "benchmarks.training_memory", *arguments]
-    return subprocess.run(line, capture_output=True, text=True, timeout=240, check=False, cwd=ROOT, env=environment())
+    return subprocess.run(line, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT, env=environment())
 
 
 def told_by(*arguments):

@@ -17,7 +17,7 @@ SMALL = ["data.image=64x128", "train.batch=2", "data.streets.length=8", "data.st
 def begun(tmp_path):
     """A run folder as it is before the first checkpoint."""
     recipe = load_recipe("streets_demo", SMALL)
-    streets = recipe.data.open("train").classes
+    streets = recipe.data.open_train().classes
     write_run(tmp_path, recipe, ClassList(streets.names, streets.colours))
     return tmp_path
 

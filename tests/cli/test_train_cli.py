@@ -54,8 +54,8 @@ def test_json_is_the_result_and_all_that_stands_on_standard_output(split_run):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result == json.loads((folder / "result.json").read_text())
-    assert set(result) == {"steps", "loss", "cards"}
-    assert result["steps"] == 30
+    assert set(result) == {"steps", "stopped_early", "loss", "best", "cards"}
+    assert (result["steps"], result["stopped_early"], result["best"]) == (30, False, None)
     assert result["loss"] == pytest.approx(read_metrics(folder)[-1]["loss"])
     assert [card["card"] for card in result["cards"]] == [card.card for card in load_plan(folder / "plan.json").cards]
     assert "Traceback" not in done.stderr
@@ -95,6 +95,9 @@ def test_the_loss_falls(split_run):
         (["--resume", "nowhere"], "nowhere: must be a run folder as memseg train makes it"),
         (["streets_demo", "--plan", "absent.json"], "absent.json: cannot be read as a plan"),
         (["camvid_mini", "--set", "data.root=nowhere"], "found no such folder; correct data.root"),
+        (["streets_demo", "--set", "model.initial_weights=nowhere"], "or a state dict file, there is none at nowhere"),
+        (["streets_demo", "--set", "loss.class_weights=[1, 2]"], "a number for each of the 8 classes road, "),
+        (["streets_demo", "--set", "schedule.warmup_steps=10000"], "the warm-up must be shorter than the run"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(arguments, told, tmp_path, monkeypatch, capsys):

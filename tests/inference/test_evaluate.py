@@ -7,8 +7,9 @@ from torch import nn
 
 from memseg.data import ClassList, SegmentationDataset, to_tensor
 from memseg.errors import DataError, InputError
-from memseg.inference.evaluate import evaluate
+from memseg.inference.evaluate import ImageScore, evaluate
 from memseg.inference.labelling import Framing
+from memseg.inference.worst import WorstImages, caption, captioned, strip
 
 CLASSES = ClassList(("road", "car", "sky", "tram"), ((1, 0, 0), (2, 0, 0), (3, 0, 0), (4, 0, 0)))
 GREY_PER_CLASS = 60
@@ -94,3 +95,57 @@ def test_what_cannot_be_scored_is_refused():
 
 def test_scores_are_the_same_in_float64():
     assert evaluate(ReadsGrey().to(torch.float64), Painted()).miou == 1
+
+
+def test_each_picture_has_a_score_of_its_own_and_its_labels_are_handed_on():
+    class WrongInTheSecond(Painted):
+        def target(self, index):
+            target = super().target(index)
+            if index == 1:
+                target[target == 0] = 1
+            return target
+
+    seen = {}
+    result = evaluate(ReadsGrey(), WrongInTheSecond(), labelled=lambda score, labels: seen.update({score: labels}))
+    assert tuple(seen) == result.image_scores
+    first, second, third = result.image_scores
+    assert (first.index, first.key, first.miou, first.pixel_accuracy) == (0, "painted_0", 1, 1)
+    assert (first.labelled_pixels, third.miou) == (45 * 70, 1)
+    assert second.miou < 1
+    # Of the whole split, not the mean of pictures: the counts of all pictures are one table.
+    assert result.miou != pytest.approx((1 + second.miou + 1) / 3)
+    for score, labels in seen.items():
+        assert labels.shape == Painted.sizes[score.index]
+
+
+def test_a_picture_without_labels_has_no_score_and_is_not_among_the_worst():
+    class HalfUnlabelled(Painted):
+        def target(self, index):
+            return super().target(index) if index else np.full(self.sizes[0], 255, dtype=np.uint8)
+
+    worst = WorstImages(3)
+    result = evaluate(ReadsGrey(), HalfUnlabelled(), labelled=worst.add)
+    assert result.image_scores[0] == ImageScore(0, "painted_0", None, None, 0)
+    assert [score.key for score, _ in worst.ranked()] == ["painted_1", "painted_2"]
+
+
+def test_the_worst_are_kept_in_order_and_no_more_of_them_than_asked_for():
+    worst = WorstImages(2)
+    for index, miou in enumerate([0.5, 0.2, 0.9, 0.2, 0.1]):
+        worst.add(ImageScore(index, f"{index}", miou, miou, 1), np.full((1, 1), index, np.uint8))
+    assert [(score.index, int(labels[0, 0])) for score, labels in worst.ranked()] == [(4, 4), (1, 1)]
+
+
+def test_a_strip_shows_input_truth_and_prediction_in_the_colours_of_the_classes():
+    dataset = Painted()
+    score = ImageScore(0, "painted_0", 0.25, 0.5, 100)
+    sheet = np.asarray(strip(dataset, score, np.full((50, 70), 2, np.uint8)))
+    assert sheet.shape == (50, 3 * 70 + 2 * 8, 3)
+    assert np.array_equal(sheet[:, :70], dataset.image(0))
+    truth = sheet[:, 78:148, 0]
+    assert np.array_equal(truth, np.where(dataset.target(0) == 255, 0, dataset.target(0) + 1))
+    assert (sheet[:, 156:] == [3, 0, 0]).all()
+    assert caption(score) == "painted_0: mIoU 25.0%, pixel accuracy 50.0%"
+    titled = np.asarray(captioned(strip(dataset, score, dataset.target(0)), caption(score)))
+    assert titled.shape[0] > 70
+    assert (titled[:34] < 128).any()

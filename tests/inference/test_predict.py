@@ -9,7 +9,7 @@ from memseg.data import ClassList
 from memseg.errors import DataError
 from memseg.inference.images import label_png, overlay_png
 from memseg.inference.labelling import Framing
-from memseg.inference.predict import find_images, predict_images
+from memseg.inference.predict import Inputs, find_inputs, predict_images
 from memseg.models import build_model
 
 CLASSES = ClassList(("road", "car", "sky"), ((128, 64, 128), (0, 0, 142), (70, 130, 180)))
@@ -77,11 +77,25 @@ def test_a_truncated_picture_is_named_and_costs_nothing_that_was_written(model, 
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good_labels.png", "good_overlay.png"]
 
 
-def test_folders_are_searched_for_pictures(tmp_path):
+def test_only_what_is_asked_for_is_written(model, tmp_path):
+    path = write_picture(tmp_path / "one.png", (64, 64))
+    (prediction,) = predict_images(model, [path], tmp_path / "out", CLASSES, overlay=False)
+    assert (prediction.labels, prediction.overlay) == (tmp_path / "out" / "one_labels.png", None)
+    (prediction,) = predict_images(model, [path], tmp_path / "other", CLASSES, labels=False)
+    assert (prediction.labels, prediction.overlay) == (None, tmp_path / "other" / "one_overlay.png")
+    assert [file.name for folder in ("out", "other") for file in (tmp_path / folder).iterdir()] == [
+        "one_labels.png",
+        "one_overlay.png",
+    ]
+
+
+def test_folders_are_searched_for_pictures_and_videos(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("")
+    for name in ("notes.txt", "drive.MP4"):
+        (tmp_path / name).write_text("")
     deep, top = write_picture(tmp_path / "b" / "c" / "deep.JPG", (2, 2)), write_picture(tmp_path / "a.png", (2, 2))
-    assert find_images([tmp_path]) == [top, deep]
-    assert find_images([deep, tmp_path / "notes.txt"]) == [deep, tmp_path / "notes.txt"]
-    with pytest.raises(DataError, match=r"2 problems\n.*absent: no such file or folder\n.*empty: .*found none"):
-        find_images([tmp_path / "absent", tmp_path / "empty"])
+    notes, drive = tmp_path / "notes.txt", tmp_path / "drive.MP4"
+    assert find_inputs([tmp_path]) == Inputs([top, deep], [drive])
+    assert find_inputs([drive, deep, notes]) == Inputs([deep, notes], [drive])
+    with pytest.raises(DataError, match=r"2 problems\n.*absent: no such file or folder\n.*empty: .*has none"):
+        find_inputs([tmp_path / "absent", tmp_path / "empty"])

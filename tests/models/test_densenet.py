@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from memseg.errors import InputError, ProblemsError
-from memseg.models import build_model, load_encoder, load_encoder_file
+from memseg.errors import ProblemsError
+from memseg.models import build_model, load_encoder
 
 
 def torchvision_densenet(depth):
@@ -37,7 +37,9 @@ def densenet121():
 def test_every_key_is_loaded_or_named_as_unused(depth, spelling):
     theirs = torchvision_densenet(depth).state_dict()
     model = build_model(f"ladder-densenet{depth}")
-    unused = load_encoder(model, {spelling(key): value for key, value in theirs.items()})
+    report = load_encoder(model, {spelling(key): value for key, value in theirs.items()})
+    unused = report.ignored
+    assert len(report.loaded) + len(unused) == len(theirs)
     assert {key.rpartition(".")[0] for key in unused} == {"features.norm5", "classifier"}
     encoder = {key: value for key, value in model.state_dict().items() if key.split(".")[1] in model.encoder}
     assert len(encoder) + len(unused) == len(theirs)
@@ -77,9 +79,9 @@ def test_weights_of_another_size_are_refused_by_name_and_change_nothing(densenet
     model = build_model("ladder-densenet-mini")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ProblemsError) as caught:
-        load_encoder(model, densenet121.state_dict(), where="densenet121.pth")
+        load_encoder(model, densenet121.state_dict())
     text = str(caught.value)
-    assert text.startswith("densenet121.pth (a torchvision DenseNet of the same size is needed): 11 problems")
+    assert text.startswith("encoder weights (a torchvision DenseNet of the same size is needed): 11 problems")
     assert "features.conv0.weight: shape must be (32, 3, 7, 7), got (64, 3, 7, 7)" in text
     assert re.search(r"and \d+ more$", text)
     for key, value in model.state_dict().items():
@@ -96,18 +98,3 @@ def test_each_missing_and_unknown_key_is_named(densenet121):
         "features.denseblock1.denselayer7.conv1.weight: the encoder of ladder-densenet121 has no such layer",
         "nothing in it fills segments.block4b.denselayer1.conv2.weight",
     ]
-
-
-def test_a_file_is_read_and_one_that_is_no_state_dict_is_refused(densenet121, tmp_path):
-    good, tensor, text = (tmp_path / name for name in ("good.pth", "tensor.pth", "text.pth"))
-    torch.save(densenet121.state_dict(), good)
-    torch.save([torch.ones(1)], tensor)
-    text.write_text("not a checkpoint")
-    model = build_model("ladder-densenet121")
-    load_encoder_file(model, good)
-    assert torch.equal(model.segments.stem.conv0.weight, densenet121.features.conv0.weight)
-    with pytest.raises(InputError, match=r"tensor\.pth: must hold a state dict .* got list"):
-        load_encoder_file(model, tensor)
-    for path in (text, tmp_path / "absent.pth"):
-        with pytest.raises(InputError, match=rf"{path.name}: must be a torchvision DenseNet state dict"):
-            load_encoder_file(model, path)

@@ -88,7 +88,7 @@ def test_a_batch_of_one_value_per_channel_has_no_variance(level):
 
 
 def test_structure_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="at least 1, got 0, 4 and 2"):
+    with pytest.raises(ValueError, match="at least 1, got 0, 4, 2 and 1"):
         DenseBlock(0, in_channels=4, growth_rate=2)
     with pytest.raises(ValueError, match="kernel_size must be 1 or 3, got 5"):
         NormReluConv(4, 2, kernel_size=5)

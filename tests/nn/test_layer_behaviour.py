@@ -15,8 +15,8 @@ from torchvision.models.densenet import _DenseBlock
 from twins import MODULES, assert_same, build, gradients, output_gradient, random_inputs, step, twins
 
 from memseg.levels import NormMode, Recompute
-from memseg.models.densenet import Stem
-from memseg.models.ladder import Context
+from memseg.models.context import DilatedContext
+from memseg.models.stem import Stem
 from memseg.nn import BatchNorm2d, DenseBlock, NormReluConv
 from memseg.profiling.measure import watch_allocator
 
@@ -289,7 +289,7 @@ def test_a_slice_of_channels_of_a_channels_last_map_is_read_where_it_lies(name):
     [
         *(MODULES[name][0] for name in UNITS),
         lambda norm: Stem(4, norm=norm),
-        lambda norm: Context(4, 4, 4, norm=norm),
+        lambda norm: DilatedContext(4, 4, 4, norm=norm),
         lambda norm: BatchNorm2d(4, norm=norm),
         lambda norm: nn.Sequential(nn.Conv2d(3, 4, 1), BatchNorm2d(4, norm=norm)),
     ],
@@ -419,7 +419,7 @@ def replica(rank, folder):
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     meeting = (folder / "meeting").as_uri()
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=300))
     found = {}
     for level in Recompute:
         for memory_format in (torch.contiguous_format, torch.channels_last):

@@ -202,7 +202,7 @@ class Meets(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.both, self.first_left = threading.Barrier(2, timeout=30), threading.Event()
+        self.both, self.first_left = threading.Barrier(2, timeout=300), threading.Event()
         self.forwards = 0
 
     def forward(self, x):

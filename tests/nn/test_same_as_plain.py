@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torchvision.models.densenet import _DenseBlock, _Transition
+from torchvision.models.resnet import Bottleneck as TorchvisionBottleneck
+from torchvision.models.resnet import ResNet
 from twins import MODULES, assert_same, build, gradients, output_gradient, random_inputs, step, twins
 
 from memseg.levels import NormMode, Recompute
-from memseg.nn import DenseBlock, NormReluConv, layout, stem
+from memseg.nn import DenseBlock, NormReluConv, ResidualLayer, layout, stem
 from memseg.nn.join import join
 
 REBUILDING = [level for level in Recompute if level is not Recompute.NONE]
@@ -192,6 +194,17 @@ def test_the_plain_transition_is_torchvisions():
     theirs = _Transition(8, 4).double()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     inputs = random_inputs([(2, 8, 6, 5)])
+    assert_same(step(ours, inputs), step(theirs, inputs))
+
+
+@pytest.mark.parametrize("dilate", [False, True])
+def test_the_plain_residual_layer_is_torchvisions(dilate):
+    # torchvision dilates a layer in place of its stride; the first bottleneck keeps the dilation of the layer before.
+    theirs = ResNet(TorchvisionBottleneck, [1, 2, 1, 1], replace_stride_with_dilation=[dilate, False, False]).layer2
+    settings = {"dilation": 2} if dilate else {"stride": 2}
+    ours, _ = twins(ResidualLayer(2, in_channels=256, width=128, **settings))
+    theirs.double().load_state_dict(ours.state_dict(), strict=True)
+    inputs = random_inputs([(2, 256, 5, 4)])
     assert_same(step(ours, inputs), step(theirs, inputs))
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from memseg.levels import NormMode, Recompute
-from memseg.models.densenet import Stem
-from memseg.models.ladder import Context
-from memseg.nn import Blend, DenseBlock, NormReluConv, banded_cross_entropy
+from memseg.models.context import DilatedContext
+from memseg.models.stem import Stem
+from memseg.nn import Blend, DenseBlock, NormReluConv, ResidualLayer, banded_cross_entropy, layout
 from memseg.profiling.measure import watch_allocator
 
 FLOAT_BYTES = 4
@@ -61,6 +61,38 @@ def test_a_dense_block_keeps(level, norm, features, statistics):
 
 
 @pytest.mark.parametrize(
+    ("level", "norm", "features", "statistics"),
+    [
+        # Of each bottleneck the outputs of its first two convolutions, these normalised, and its third's output; the
+        # shortcut's, and both results. Mean and deviation of each norm.
+        ("none", "batch", 2 * (4 * 4 + 16) + 16 + 2 * 16, 2 * (2 * (4 + 4 + 16) + 16)),
+        ("norms", "batch", 2 * 2 * 4 + 2 * 16, 2 * (2 * (4 + 4 + 16) + 16)),
+        ("units", "batch", 2 * 16, 2 * (2 * (4 + 4 + 16) + 16)),
+        ("segment", "batch", 16, 0),
+        ("norms", "frozen", 2 * 2 * 4 + 2 * 16, 0),
+        ("units", "frozen", 2 * 16, 0),
+        ("segment", "frozen", 16, 0),
+    ],
+)
+def test_two_bottlenecks_keep(level, norm, features, statistics):
+    layer = ResidualLayer(2, in_channels=8, width=4, norm=NormMode(norm), recompute=Recompute(level))
+    kept = kept_bytes(layer, torch.randn(BLOCK_INPUT, requires_grad=True))
+    random_state = RANDOM_STATE_BYTES if level == "segment" else 0
+    assert kept == FLOAT_BYTES * (features * M + statistics) + random_state
+
+
+def test_a_bottlenecks_backward_takes_no_map_as_wide_as_its_result_beside_the_gradient(monkeypatch):
+    monkeypatch.setattr(layout, "_BAND_BYTES", {"cpu": 1})
+    layer = ResidualLayer(1, in_channels=64, width=16, recompute=Recompute.UNITS)
+    x = layout.channels_last(torch.randn(2, 64, 32, 64)).requires_grad_()
+    out = layer(x).sum()
+    with watch_allocator() as peak:
+        out.backward()
+    # Of 16 channels each: 4 maps are the gradient; 3 at a time are outputs of convolutions and gradients of these.
+    assert 7 <= peak.peak_bytes / (FLOAT_BYTES * 16 * 2 * 32 * 64) < 8
+
+
+@pytest.mark.parametrize(
     ("build", "shapes", "numbers"),
     [
         pytest.param(lambda: NormReluConv(6, 4, kernel_size=1), [(2, 6, 8, 8)], 4 * M + 2 * 6, id="1x1"),
@@ -72,7 +104,10 @@ def test_a_dense_block_keeps(level, norm, features, statistics):
         pytest.param(lambda: Blend(3, 5, 4), [(2, 3, 4, 4), (2, 5, 8, 8)], 4 * M + 2 * (3 + 5), id="blend"),
         # The bottleneck of 7 channels is what the second unit reads.
         pytest.param(
-            lambda: Context(6, 7, 4, norm=NormMode.BATCH), [(2, 6, 8, 8)], (7 + 4) * M + 2 * (6 + 7), id="context"
+            lambda: DilatedContext(6, 7, 4, norm=NormMode.BATCH),
+            [(2, 6, 8, 8)],
+            (7 + 4) * M + 2 * (6 + 7),
+            id="context",
         ),
     ],
 )
@@ -84,7 +119,7 @@ def test_at_units_a_unit_keeps_its_output_and_the_statistics_of_its_norm(build, 
 
 
 def test_a_context_rebuilt_whole_keeps_its_output_and_the_random_state():
-    context = Context(6, 7, 4, norm=NormMode.BATCH)
+    context = DilatedContext(6, 7, 4, norm=NormMode.BATCH)
     context.recompute = Recompute.SEGMENT
     kept = kept_bytes(context, torch.randn(2, 6, 8, 8, requires_grad=True))
     assert kept == FLOAT_BYTES * 4 * M + RANDOM_STATE_BYTES

@@ -70,7 +70,7 @@ def replica(rank, folder):
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     meeting = (folder / "meeting").as_uri()
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=300))
     found = {}
     for name, split, level in CASES:
         own = share(SPLITS[split], rank)

@@ -7,14 +7,28 @@ import torch
 from torch import Tensor, nn
 
 from memseg.levels import NormMode, Recompute
-from memseg.models.densenet import Stem
-from memseg.models.ladder import Context
-from memseg.nn import BatchNorm2d, Blend, DenseBlock, NormReluConv
+from memseg.models.context import DilatedContext, PyramidPooling
+from memseg.models.stem import Stem
+from memseg.nn import BatchNorm2d, Blend, DenseBlock, NormReluConv, ResidualLayer
 
 Shapes = Sequence[tuple[int, ...]]
 
 MODULES: dict[str, tuple[Callable[[NormMode], nn.Module], Shapes]] = {
     "dense block": (lambda norm: DenseBlock(3, in_channels=5, growth_rate=4, bn_size=2, norm=norm), [(2, 5, 6, 7)]),
+    "dilated dense block": (
+        lambda norm: DenseBlock(2, in_channels=5, growth_rate=4, bn_size=2, dilation=2, norm=norm),
+        [(2, 5, 6, 7)],
+    ),
+    # The first bottleneck has a convolution in its shortcut, the second has none.
+    "residual layer": (lambda norm: ResidualLayer(2, in_channels=6, width=2, norm=norm), [(2, 6, 6, 7)]),
+    "strided residual layer": (
+        lambda norm: ResidualLayer(2, in_channels=6, width=2, stride=2, norm=norm),
+        [(2, 6, 5, 8)],
+    ),
+    "dilated residual layer": (
+        lambda norm: ResidualLayer(2, in_channels=8, width=2, dilation=4, first_dilation=2, norm=norm),
+        [(2, 8, 6, 7)],
+    ),
     "1x1": (lambda norm: NormReluConv(6, 5, kernel_size=1, norm=norm), [(2, 6, 5, 7)]),
     "1x1 with bias": (lambda norm: NormReluConv(6, 5, kernel_size=1, bias=True, norm=norm), [(2, 6, 5, 7)]),
     "transition": (lambda norm: NormReluConv(6, 4, kernel_size=1, pool=True, norm=norm), [(2, 6, 4, 6)]),
@@ -27,7 +41,8 @@ MODULES: dict[str, tuple[Callable[[NormMode], nn.Module], Shapes]] = {
     "blend": (lambda norm: Blend(3, 4, 5, norm=norm), [(2, 3, 3, 4), (2, 4, 6, 8)]),
     "blend to odd size": (lambda norm: Blend(3, 4, 5, norm=norm), [(2, 3, 3, 4), (2, 4, 5, 9)]),
     "stem": (lambda norm: Stem(4, norm=norm), [(2, 3, 16, 24)]),
-    "context": (lambda norm: Context(6, 8, 5, norm=norm), [(2, 6, 5, 7)]),
+    "context": (lambda norm: DilatedContext(6, 8, 5, norm=norm), [(2, 6, 5, 7)]),
+    "pyramid": (lambda norm: PyramidPooling(6, 8, 5, norm=norm), [(2, 6, 7, 9)]),
 }
 """Every module that can rebuild: how it is built, and the shapes of its inputs."""
 

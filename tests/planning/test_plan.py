@@ -117,8 +117,8 @@ def test_the_json_form_has_these_keys():
     content = json.loads(planned(tiny(), parse_cards("cpu:12GiB,cpu:4GiB")).to_json())
     assert list(content) == [
         "version", "feasible", "torch", "model", "parameter_bytes", "num_classes", "image", "batch", "accumulation",
-        "norm", "precision", "strategy", "micro_batches", "schedule", "step_seconds", "images_per_second", "cards",
-        "transfer_seconds", "alternatives",
+        "norm", "precision", "optimizer", "strategy", "micro_batches", "schedule", "step_seconds", "images_per_second",
+        "cards", "transfer_seconds", "alternatives",
     ]  # fmt: skip
     assert list(content["cards"][0]) == [
         "card", "position", "node", "replica", "stage", "capacity_bytes", "reserve_bytes", "predicted_peak_bytes",
@@ -227,6 +227,7 @@ def test_a_plan_for_something_else_is_refused_with_every_difference():
         "accumulation": 1,
         "norm": NormMode.BATCH,
         "precision": Precision.FLOAT32,
+        "optimizer": "adam",
     }
     plan.check_model("tiny", names, **run)
     with pytest.raises(
@@ -247,6 +248,8 @@ def test_a_plan_for_something_else_is_refused_with_every_difference():
         plan.check_model("tiny", names, **run | {"parameter_bytes": 4 * MIB})
     with pytest.raises(PlanError, match="accumulation 1, the recipe trains 2"):
         plan.check_model("tiny", names, **run | {"accumulation": 2})
+    with pytest.raises(PlanError, match=r"optimizer adam, the recipe trains momentum; .* --optimizer momentum "):
+        plan.check_model("tiny", names, **run | {"optimizer": "momentum"})
     other = plan.model_copy(update={"torch": "2.0.0"})
     with pytest.raises(PlanError, match=re.escape("made for torch 2.0.0, installed is")):
         other.check_model("tiny", names, **run)

@@ -105,7 +105,7 @@ def replica(rank, folder, levels):
     """Peaks of real steps of one process, whose norms sync with the others', and what costs say beside a real group."""
     torch.set_num_threads(1)
     meeting = (folder / "meeting").as_uri()
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=REPLICAS, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=REPLICAS, timeout=timedelta(seconds=300))
     world = dist.group.WORLD
     build = partial(build_model, MINI, norm=NormMode.SYNCED)
     found = {

@@ -24,7 +24,7 @@ from memseg.training.checkpoint import PLAN_FILE, write_run
 
 def prepare(folder, recipe, write_plan):
     """A run folder, as `memseg train` makes it; `write_plan` is told where to."""
-    write_run(folder, recipe, recipe.data.open("train").classes)
+    write_run(folder, recipe, recipe.data.open_train().classes)
     write_plan(folder / PLAN_FILE)
     return folder
 

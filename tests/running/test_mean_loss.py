@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from processes import CLASSES, IMAGE, MODEL
 
 from memseg.data import IGNORE_INDEX
@@ -35,9 +36,9 @@ def batch(images=4):
     return logits, target
 
 
-def in_parts(logits, target, sizes, replicas=1):
+def in_parts(logits, target, sizes, replicas=1, objective=None):
     """Loss and gradient of a step whose parts are so many images each."""
-    loss = MeanLoss(Objective(), pixels=target.numel(), replicas=replicas, device=CPU)
+    loss = MeanLoss(objective or Objective(), pixels=target.numel(), replicas=replicas, device=CPU)
     for images, labels in zip(logits.split(sizes), target.split(sizes), strict=True):
         loss(images, images * 2, labels).backward()
     if replicas > 1:
@@ -55,6 +56,29 @@ def test_parts_make_the_gradient_of_the_mean_over_all_labelled_pixels(sizes, rep
     assert found == pytest.approx(expected.item(), abs=1e-14)
     torch.testing.assert_close(found_gradient, gradient, rtol=0, atol=1e-16)
     assert (gradient != 0).any()
+
+
+@pytest.mark.parametrize("sizes", [[4], [1, 3], [1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize(("weight", "smoothing"), [(0.0, 0.0), (0.1, 0.2)])
+def test_parts_make_the_weighted_mean_of_torch_over_the_whole_step(sizes, weight, smoothing):
+    logits, target = batch()
+    # The third image counts little, or nothing.
+    target[2].masked_fill_(target[2] != IGNORE_INDEX, 1)
+    objective = Objective(class_weights=[0.5, weight, 3.0], label_smoothing=smoothing)
+    expected = sum(
+        share * F.cross_entropy(
+            F.interpolate(logits * scale, target.shape[1:], mode="bilinear"),
+            target.long(),
+            objective.class_weights,
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=smoothing,
+        )
+        for share, scale in ((0.7, 1), (0.3, 2))
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(expected, logits)
+    found, found_gradient = in_parts(logits, target, sizes, objective=objective)
+    assert found == pytest.approx(expected.item(), abs=1e-13)
+    torch.testing.assert_close(found_gradient, gradient, rtol=0, atol=1e-15)
 
 
 def test_a_step_without_any_labelled_pixel_changes_nothing():

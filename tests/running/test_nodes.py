@@ -15,7 +15,7 @@ from memseg.training.checkpoint import load_run
 TWO = ["--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1"]
 
 
-def on_two(run, steps, plans, timeout=240, *, other_run=None):
+def on_two(run, steps, plans, timeout=600, *, other_run=None):
     """The same command on two machines, but for the plan or the folder; what each printed, and its exit code."""
     (port,) = free_ports(1)
     meeting = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]

@@ -2,13 +2,23 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 from processes import python
 
 from memseg.cli.main import main
 from memseg.errors import CheckpointError
-from memseg.training.checkpoint import CHECKPOINTS_FOLDER, RECIPE_FILE, checkpoint_folders, load_trained
+from memseg.training.checkpoint import (
+    BEST,
+    CHECKPOINTS_FOLDER,
+    LAST,
+    RECIPE_FILE,
+    checkpoint_folders,
+    find_checkpoint,
+    load_trained,
+    steps_of,
+)
 
 _SAVES = """
 import resource, sys
@@ -17,10 +27,10 @@ import torch, torch.distributed as dist
 from memseg.models import build_model
 from memseg.training.checkpoint import save_checkpoint, write_run
 from memseg.training.recipe import load_recipe
-from memseg.training.trainer import make_optimizer
+from memseg.training.optimizer import make_optimizer
 run = Path(sys.argv[1])
 recipe = load_recipe("streets_demo")
-write_run(run, recipe, recipe.data.open("train").classes)
+write_run(run, recipe, recipe.data.open_train().classes)
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 model = build_model(recipe.model.name, num_classes=8)
 optimizer = make_optimizer(recipe, model, ())
@@ -118,3 +128,102 @@ def test_what_is_no_run_is_said_to_be_none(tmp_path, run):
     shutil.rmtree(run / CHECKPOINTS_FOLDER)
     with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
         load_trained(run)
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from memseg.models import build_model
+from memseg.training import checkpoint
+from memseg.training.optimizer import make_optimizer
+from memseg.training.recipe import load_recipe
+from memseg.training.standing import Standing
+
+def die(path, *arguments, **options):
+    # Before a checkpoint is written, what is not there is cleared away.
+    if isinstance(path, dict) or path.exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def save(run, *, killed_by=None):
+    # The first is the best, until the third is.
+    recipe = load_recipe("streets_demo")
+    checkpoint.write_run(run, recipe, recipe.data.open_train().classes)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = build_model(recipe.model.name, num_classes=8)
+    optimizer = make_optimizer(recipe, model, ())
+    standing = Standing()
+    for step, miou in ((1, 0.5), (2, 0.4), (3, 0.6)):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(step)
+        standing = standing.after(step, miou)
+        if step == 3 and killed_by:
+            owner, name = killed_by
+            setattr(owner, name, die)
+        checkpoint.save_checkpoint(run, step, model, optimizer, keep=1, standing=standing)
+    dist.destroy_process_group()
+
+root = Path(sys.argv[1])
+moments = {
+    "writing": (checkpoint, "dcp_save"),
+    "renaming": (Path, "rename"),
+    "naming the best": (checkpoint, "replace_file"),
+    "deleting": (checkpoint.shutil, "rmtree"),
+    "never": None,
+}
+for moment, killed_by in moments.items():
+    # Before anything has threads.
+    if not (child := os.fork()):
+        save(root / moment, killed_by=killed_by)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(moment, os.WTERMSIG(status) if os.WIFSIGNALED(status) else "ended", sep=": ")
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Runs whose process was killed while it saved a checkpoint that is a new best, each at another moment."""
+    root = tmp_path_factory.mktemp("killed")
+    done = python(_KILLED, root)
+    assert done.returncode == 0, done.stderr
+    kill = int(signal.SIGKILL)
+    assert done.stdout.splitlines() == [
+        f"writing: {kill}", f"renaming: {kill}", f"naming the best: {kill}", f"deleting: {kill}", "never: ended",
+    ]  # fmt: skip
+    return root
+
+
+@pytest.mark.parametrize(
+    ("moment", "last", "best"),
+    [("writing", 2, 1), ("renaming", 2, 1), ("naming the best", 3, 1), ("deleting", 3, 3), ("never", 3, 3)],
+)
+def test_a_process_that_is_killed_while_saving_leaves_a_best_and_a_last_that_load(moment, last, best, killed):
+    run = killed / moment
+    for which, step in ((LAST, last), (BEST, best)):
+        trained = load_trained(run, which)
+        assert trained.step == step
+        assert all((parameter == step).all() for parameter in trained.model.parameters())
+
+
+def test_the_best_stays_beside_the_newest_until_there_is_a_better_one(killed):
+    assert [steps_of(folder) for folder in checkpoint_folders(killed / "writing")] == [1, 2]
+    assert [steps_of(folder) for folder in checkpoint_folders(killed / "never")] == [3]
+
+
+def test_checkpoints_are_found_by_name_and_those_that_are_not_there_are_said_not_to_be(killed, run):
+    first, second = checkpoint_folders(killed / "writing")
+    for which in (first.name, str(first)):
+        assert find_checkpoint(killed / "writing", which) == first
+    assert find_checkpoint(killed / "writing") == second
+    with pytest.raises(CheckpointError, match=r"must be last, best or one of step-00000001, step-00000002, got bst"):
+        find_checkpoint(killed / "writing", "bst")
+    with pytest.raises(CheckpointError, match="was never evaluated in training, so none is its best; take the last"):
+        load_trained(run, BEST)
+    (run / "best.json").write_text('{"checkpoint": "step-00000001"}')
+    with pytest.raises(CheckpointError, match="its best checkpoint was step-00000001, which is there no more"):
+        load_trained(run, BEST)
+    (run / "best.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"is damaged: .*; take the last checkpoint"):
+        load_trained(run, BEST)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memseg.errors import InputError
-from memseg.training.metrics import ConfusionMatrix
+from memseg.training.metrics import ConfusionMatrix, InstanceCounts
 
 
 def test_scores_match_a_table_counted_by_hand():
@@ -56,3 +56,43 @@ def test_no_labelled_pixel_gives_no_score():
     confusion.update(torch.tensor([0]), torch.tensor([255]))
     assert math.isnan(confusion.miou())
     assert math.isnan(confusion.pixel_accuracy())
+
+
+def test_a_class_taken_for_another_of_its_group_is_a_hit_of_the_group():
+    confusion = ConfusionMatrix(3)
+    confusion.update(predicted=torch.tensor([0, 1, 1, 2, 0]), target=torch.tensor([0, 0, 1, 1, 2]))
+    groups = confusion.merged([0, 0, 1])
+    assert groups.counts.tolist() == [[3, 1], [1, 0]]
+    assert groups.iou().tolist() == pytest.approx([3 / 5, 0])
+    assert confusion.false_alarms().tolist() == [1, 1, 1]
+
+
+def test_every_instance_counts_alike_whatever_its_size():
+    # A large one all found, a small one missed: half, where IoU says nine tenths.
+    counts = InstanceCounts([None, 5.0])
+    target = torch.ones(10, dtype=torch.uint8)
+    instances = torch.tensor([1000] * 9 + [1001])
+    counts.update(torch.tensor([1] * 9 + [0]), target, instances)
+    assert counts.iou()[1] == pytest.approx(0.5)
+    assert counts.confusion.iou()[1] == pytest.approx(0.9)
+
+
+def test_pixels_of_groups_and_false_alarms_are_not_weighted():
+    counts = InstanceCounts([None, 8.0, 2.0], groups=[0, 1, 1])
+    # Of class 1: an instance of 4 pixels, 2 found and 1 taken for class 2; a group that is missed; one false alarm.
+    counts.update(
+        predicted=torch.tensor([1, 1, 2, 0, 0, 0, 1]),
+        target=torch.tensor([1, 1, 1, 1, 1, 1, 0]),
+        instances=torch.tensor([1007, 1007, 1007, 1007, -1, -1, -1]),
+    )
+    assert counts.iou()[1] == pytest.approx((2 * 8 / 4) / (4 * 8 / 4 + 1))
+    assert counts.iou()[2] == 0
+    # In its group the pixel of class 2 is a hit, and no false alarm.
+    assert counts.group_iou()[1] == pytest.approx((3 * 8 / 4) / (4 * 8 / 4 + 1))
+    assert math.isnan(counts.group_iou()[0])
+    assert counts.images == 1
+
+
+def test_an_instance_of_no_class_is_refused():
+    with pytest.raises(InputError, match=r"an instance must be of a class 0 \.\. 1, got 2"):
+        InstanceCounts([1.0, 1.0]).update(torch.tensor([0]), torch.tensor([0]), torch.tensor([2000]))

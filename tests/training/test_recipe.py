@@ -23,7 +23,7 @@ def test_shipped_recipe_loads_by_path_and_by_name(path):
 
 
 def test_the_papers_recipes_are_shipped():
-    full, half = load_recipe("ldn169_cityscapes"), load_recipe("ldn121_cityscapes_half")
+    full, half = load_recipe("ldn169_cityscapes"), load_recipe("table1_ladder_densenet121")
     assert (full.data.image, full.train.batch, full.schedule.epochs) == ((1024, 2048), 2, 30)
     assert (half.data.image, half.data.region, half.train.batch) == ((448, 1024), (30, 900, 0, 2048), 4)
     assert half.data.fit is Fit.RESIZE
@@ -31,6 +31,87 @@ def test_the_papers_recipes_are_shipped():
         assert (recipe.optimizer.lr, recipe.optimizer.weight_decay) == (5e-4, 1e-4)
         assert (recipe.optimizer.pretrained_lr_factor, recipe.schedule.poly_power) == (0.2, 1.5)
         assert recipe.loss.aux_weight == 0.3
+
+
+PUBLISHED = {
+    # Kreso et al. 2017: mIoU and pixel accuracy in per cent, by table and row.
+    "table1_resnet50_32x": (60.95, 91.98),
+    "table1_ladder_resnet50": (69.53, 94.42),
+    "table1_dilated_resnet50": (69.23, 94.47),
+    "table1_densenet121_32x": (62.52, 92.29),
+    "table1_dilated_densenet121": (71.56, 94.92),
+    "table1_ladder_densenet121_single": (71.73, 94.99),
+    "table1_ladder_densenet121": (72.82, 95.06),
+    "table1_ladder_densenet169_split34": (72.69, 95.08),
+    "table1_ladder_densenet169_spp": (72.34, 95.04),
+    "table1_ladder_densenet169": (73.72, 95.11),
+    "table3_ladder_resnet50": (55.49, 92.29),
+    "table3_ladder_densenet121": (62.32, 93.63),
+    "table4_ladder_densenet169_frozen": (75.24, 96.02),
+    "table4_ladder_densenet169_finetune": (75.75, 95.88),
+    "table5_ladder_densenet169": (74.6, None),
+    "table6_ladder_resnet50": (62.97, 91.56),
+    "table6_ladder_densenet169": (70.21, 93.29),
+    "table6_ladder_densenet169_aug": (78.01, 95.11),
+}
+
+
+def test_there_is_a_recipe_for_every_row_of_the_paper_s_tables_with_its_figures():
+    recipes = {path.stem: load_recipe(path) for path in SHIPPED if path.stem.startswith("table")}
+    found = {name: (recipe.reference.miou, recipe.reference.pixel_accuracy) for name, recipe in recipes.items()}
+    assert found == PUBLISHED
+    assert recipes["table5_ladder_densenet169"].reference.iiou == 51.54
+
+
+def test_rows_of_a_table_differ_in_what_they_are_about_alone():
+    half = load_recipe("table1_ladder_densenet121")
+    for name in PUBLISHED:
+        recipe = load_recipe(name)
+        assert (recipe.schedule.poly_power, recipe.optimizer.weight_decay) == (1.5, 1e-4)
+        if name.startswith(("table1", "table3")):
+            assert (recipe.data, recipe.train, recipe.schedule, recipe.optimizer, recipe.loss) == (
+                (half.data, half.train, half.schedule, half.optimizer, half.loss)
+            )
+            assert (recipe.model.encoder_weights is None) == name.startswith("table3")
+    frozen, batch = (load_recipe(f"table4_ladder_densenet169_{kind}") for kind in ("frozen", "finetune"))
+    assert (frozen.model.norm, batch.model.norm) == ("frozen", "batch")
+    assert frozen.data.image == batch.data.image == (1024, 2048)
+    assert frozen.model.model_copy(update={"norm": batch.model.norm}) == batch.model
+
+
+def write(folder, name, text):
+    path = folder / f"{name}.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_holds_only_its_difference(tmp_path):
+    write(
+        tmp_path,
+        "base",
+        'extends = "streets_demo"\nname = "base"\n[train]\nbatch = 4\n[reference]\nsource = "us"\nmiou = 50',
+    )
+    child = write(tmp_path, "child", 'extends = "base.toml"\nname = "child"\n[train]\nseed = 3\n[schedule]\nepochs = 2')
+    recipe, streets = load_recipe(child), load_recipe("streets_demo")
+    assert (recipe.train.batch, recipe.train.seed, recipe.train.log_every) == (4, 3, streets.train.log_every)
+    assert (recipe.schedule.epochs, recipe.schedule.steps) == (2, None)
+    assert (recipe.name, recipe.description, recipe.reference) == ("child", "", None)
+    assert (recipe.data, recipe.optimizer) == (streets.data, streets.optimizer)
+
+
+def test_what_extends_wrongly_is_told_in_one_error(tmp_path):
+    write(tmp_path, "one", 'extends = "two.toml"')
+    circle = write(tmp_path, "two", 'extends = "one.toml"')
+    with pytest.raises(RecipeError, match=r"must not extend itself, found two\.toml -> one\.toml -> two\.toml"):
+        load_recipe(circle)
+    with pytest.raises(RecipeError, match=r"gone\.toml: 1 problem\n.*No such file.*extended by .*lost\.toml"):
+        load_recipe(write(tmp_path, "lost", 'extends = "gone.toml"'))
+    with pytest.raises(RecipeError, match="extends: unknown recipe 'streets-demo'; did you mean streets_demo"):
+        load_recipe(write(tmp_path, "misspelt", 'extends = "streets-demo"'))
+    with pytest.raises(RecipeError, match="extends: must be the name or the path of a recipe in quotes, got 3"):
+        load_recipe(write(tmp_path, "number", "extends = 3"))
+    with pytest.raises(RecipeError, match=r"both\.toml: 1 problem\n  schedule.steps: exactly one of"):
+        load_recipe(write(tmp_path, "both", 'extends = "streets_demo"\nname = "b"\n[schedule]\nepochs = 1\nsteps = 2'))
 
 
 def test_all_problems_of_a_file_are_told_at_once(tmp_path):
@@ -173,5 +254,5 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path):
 
 def test_generated_streets_open_with_the_recipes_options():
     data = load_recipe("streets_demo", ["data.streets.length=5", "data.streets.val_length=3"]).data
-    assert (len(data.open("train")), len(data.open("val"))) == (5, 3)
-    assert data.open("val").size(0) == data.image
+    assert (len(data.open_train()), len(data.open_val())) == (5, 3)
+    assert data.open_val().size(0) == data.image

@@ -1,0 +1,49 @@
+"""Products of tiles of pixels with the matrix of a 1x1 convolution, and what a tile is normalised into."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memseg.nn import chains
+from memseg.nn.layout import channels_last, device_type, images, pixels
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (M, C) @ weight.T (C, O) + bias.
+
+    On CPUs with several threads as a 1x1 convolution over one row of pixels: oneDNN's is faster than the matrix product
+    of the BLAS that torch comes with (`python -m benchmarks.bands`). With one thread, or in float64, torch does not
+    take oneDNN's.
+    """
+    if device_type(x) != "cpu" or x.dtype == torch.float64 or torch.get_num_threads() == 1:
+        return F.linear(x, weight, bias)
+    return pixels(F.conv2d(images(x.reshape(1, -1, 1, x.shape[1])), channels_last(weight[:, :, None, None]), bias))
+
+
+def add_product(total: Tensor, grad_out: Tensor, x: Tensor) -> None:
+    """total (O, C) += grad_out.T @ x, in the total's dtype."""
+    if total.dtype == x.dtype:
+        total.addmm_(grad_out.t(), x)
+    else:
+        total += torch.mm(grad_out.t(), x)
+
+
+class Scratch:
+    """A band's normalised map, and what is centred where sums are wanted, in memory that serves band after band."""
+
+    def __init__(
+        self, like: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, bias: Tensor, wants_sums: bool
+    ) -> None:
+        self._normalised = like
+        self._centred = torch.empty_like(like, dtype=mean.dtype) if wants_sums else None
+        self._scale, self._shift, self._mean, self._bias = scale, shift, mean, bias
+
+    def normalise(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """relu(bn(x)), and x - mean or None."""
+        normalised = self._normalised[: x.shape[0]]
+        if self._centred is None:
+            chains.norm_relu(x, self._scale, self._shift, normalised)
+            return normalised, None
+        centred = self._centred[: x.shape[0]]
+        chains.centre_norm_relu(x, self._mean, self._scale, self._bias, centred=centred, normalised=normalised)
+        return normalised, centred
