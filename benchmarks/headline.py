@@ -67,6 +67,7 @@ def measure(case: Case, data: Path, folder: Path) -> dict[str, str | int | float
     settings = {
         "data.root": data.resolve(),
         "model.name": case.model,
+        "model.encoder_weights": "none",
         "schedule.steps": STEPS,
         "train.evaluate_every": 0,
         "train.workers": 0,

@@ -106,8 +106,8 @@ def evaluate(
         labelled: Given each picture's score and its labels, uint8 (H, W), 255 outside the region.
 
     Raises:
-        InputError: network and data set differ in their number of classes, or a picture is smaller than the region.
-        DataError: a picture cannot be read, or no pixel of the split is labelled.
+        InputError: network and data set differ in their number of classes.
+        DataError: pictures are smaller than the region, one cannot be read, or no pixel of the split is labelled.
     """
     names = dataset.classes.names
     if model.num_classes != len(names):
@@ -116,6 +116,7 @@ def evaluate(
             f"evaluate it on the data set it was trained on"
         )
     framing = framing or Framing()
+    framing.check(dataset)
     device = torch.device(device)
     started = time.perf_counter()
     confusion = ConfusionMatrix(len(names))

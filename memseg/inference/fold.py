@@ -35,6 +35,7 @@ from memseg.inference.plain import (
     put_constant,
     shape,
     sole_reader,
+    tidy,
 )
 
 _UNPADDED = 3
@@ -42,11 +43,12 @@ _UNPADDED = 3
 
 
 @torch.no_grad()
-def fold_norms(module: GraphModule) -> GraphModule:
+def fold_norms(module: GraphModule, *, pool_first: bool = True) -> GraphModule:
     """A plain graph without batch norms, that computes the same but for rounding; the given one is left as it is.
 
     Args:
         module: As `plain_graph` makes it.
+        pool_first: Whether average pooling goes before the 1x1 convolution that it follows.
     """
     module = copy.deepcopy(module)
     for node in module.graph.find_nodes(op="call_function", target=NORM):
@@ -58,10 +60,10 @@ def fold_norms(module: GraphModule) -> GraphModule:
             module.graph.erase_node(node)
         elif not _clamp(module, node, scale, shift):
             _multiply(module, node, scale, shift)
-    _pool_first(module)
-    module.graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
-    module.recompile()
+    _rectify_parts(module)
+    if pool_first:
+        _pool_first(module)
+    tidy(module)
     return module
 
 
@@ -141,10 +143,31 @@ def _replace(module: GraphModule, last: Node, first: Node, target: Any, args: tu
         module.graph.erase_node(node)
 
 
+def _rectify_parts(module: GraphModule) -> None:
+    """Rectify maps before they are concatenated: what makes them may do it on the way."""
+    for relu in [node for node in module.graph.nodes if node.target in RELUS]:
+        joined = cast(Node, relu.args[0])
+        parts = cast(list[Node], joined.args[0])
+        if joined.target is not CAT or not all(sole_reader(node) for node in (joined, *parts)):
+            continue
+        for part in parts:
+            with module.graph.inserting_before(joined):
+                rectified = module.graph.call_function(aten.relu_.default, (part,))
+            rectified.meta.update(part.meta)
+            joined.replace_input_with(part, rectified)
+        relu.replace_all_uses_with(joined)
+        module.graph.erase_node(relu)
+
+
 def _pool_first(module: GraphModule) -> None:
     for pool in module.graph.find_nodes(op="call_function", target=AVG_POOL):
         conv = pool.args[0]
-        if not is_projection(conv) or sole_reader(conv) is None or geometry(conv)[0] != [1, 1] or len(pool.args) > _UNPADDED:
+        if (
+            not is_projection(conv)
+            or sole_reader(conv) is None
+            or geometry(conv)[0] != [1, 1]
+            or len(pool.args) > _UNPADDED
+        ):
             continue
         x = conv.args[0]
         with module.graph.inserting_before(conv):

@@ -14,7 +14,8 @@ from memseg.data.dataset import InstanceIds
 from memseg.training.metrics import AVERAGE_INSTANCE_PIXELS, InstanceCounts
 
 _CLASS_OF_ID = np.full(2**16 // INSTANCE_FACTOR + 1, -1, np.int32)
-"""Class number of each label id that can be in a map; -1 where it is none, as of caravans."""
+"""Class number of each label id that can be in a map; -1 where it is none, as of caravans. So are 0 and 1, which is
+what a label id that is no single thing has for its thousands."""
 for _number, _label_id in enumerate(LABEL_IDS):
     _CLASS_OF_ID[_label_id] = _number
 
@@ -47,5 +48,4 @@ def class_instances(ids: InstanceIds) -> npt.NDArray[np.int32]:
     [[13001, 11000, -1, -1]]
     """
     numbers = _CLASS_OF_ID[ids // INSTANCE_FACTOR]
-    single = (ids > INSTANCE_FACTOR) & (numbers >= 0)
-    return np.where(single, numbers * INSTANCE_FACTOR + ids % INSTANCE_FACTOR, -1)
+    return np.where(numbers >= 0, numbers * INSTANCE_FACTOR + ids % INSTANCE_FACTOR, -1)

@@ -13,14 +13,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from memseg.data import IGNORE_INDEX, Fit, Region, pad_to_multiple, resize_image, to_tensor
-from memseg.data.dataset import Pixels
+from memseg.data import IGNORE_INDEX, Fit, ImageSplit, Region, pad_to_multiple, resize_image, to_tensor
+from memseg.data.dataset import Pixels, split_error
 from memseg.errors import InputError
 from memseg.levels import Precision
 from memseg.nn.autograd import wide_dtype
@@ -98,6 +99,21 @@ class Framing:
                 f"on ends (data.region), got {size[0]}x{size[1]}"
             )
         return top, bottom, left, right
+
+    def check(self, images: ImageSplit) -> None:
+        """Do nothing where every picture of a split reaches as far as the region, by its header.
+
+        Raises:
+            DataError: some do not; all of them are told.
+        """
+        problems = []
+        for index in range(len(images)):
+            try:
+                self.region_in(images.size(index))
+            except InputError as error:
+                problems.append(f"{images.key(index)}: {error}")
+        if problems:
+            raise split_error(Path(f"{images.name}, split {images.split}"), problems)
 
 
 class _View(NamedTuple):

@@ -7,6 +7,7 @@ baseline of `memseg bench infer`, what norms are folded in, and what is written 
 
 import copy
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -34,8 +35,17 @@ def plain_graph(model: SegmentedModel, images: Tensor) -> GraphModule:
     module = cast(GraphModule, torch.export.export(twin, (images,)).module(check_guards=False))
     for node in module.graph.find_nodes(op="call_module", target="_guards_fn"):
         module.graph.erase_node(node)
-    module.recompile()
+    tidy(module)
     return module
+
+
+def tidy(module: GraphModule) -> None:
+    """Drop what nothing reads, in-place operations included, and make the code new."""
+    module.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    module.delete_all_unused_submodules()
+    for name in {*module._buffers} - {node.target for node in module.graph.find_nodes(op="get_attr")}:
+        del module._buffers[name]
+    module.recompile()
 
 
 def constant(module: GraphModule, node: Any) -> Tensor | None:
@@ -50,10 +60,10 @@ def constant(module: GraphModule, node: Any) -> Tensor | None:
 
 def put_constant(module: GraphModule, value: Tensor, before: Node) -> Node:
     """A new buffer, and the node before another that stands for it."""
-    index = sum(name.startswith("constant") for name in module._buffers)
-    module.register_buffer(f"constant{index}", value)
+    name = next(name for name in map("constant{}".format, count()) if not hasattr(module, name))
+    module.register_buffer(name, value)
     with module.graph.inserting_before(before):
-        return module.graph.get_attr(f"constant{index}")
+        return module.graph.get_attr(name)
 
 
 def geometry(conv: Node) -> tuple[list[int], list[int], list[int], int]:

@@ -28,7 +28,7 @@ from torch import nn
 from memseg.data.cityscapes import CITYSCAPES_CLASSES, LABEL_IDS
 from memseg.data.dataset import ClassList, ImageSplit, Pixels
 from memseg.data.voc import VOC_CLASSES
-from memseg.errors import DataError, InputError
+from memseg.errors import InputError
 from memseg.files import replace_file
 from memseg.inference.images import label_png, save_png
 from memseg.inference.labelling import Framing, evaluating, label_image
@@ -139,7 +139,7 @@ def submit(
     """
     framing = framing or Framing()
     device = torch.device(device)
-    _check_sizes(images, framing)
+    framing.check(images)
     folder = out_dir / form.folder
     paths = [folder / f"{images.key(index)}{form.suffix}" for index in range(len(images))]
     if overwrite:
@@ -161,17 +161,6 @@ def submit(
     archive = out_dir / form.archive
     _write_archive(archive, paths, out_dir)
     return Submission(len(paths), kept, archive)
-
-
-def _check_sizes(images: ImageSplit, framing: Framing) -> None:
-    problems = []
-    for index in range(len(images)):
-        try:
-            framing.region_in(images.size(index))
-        except InputError as error:
-            problems.append(f"{images.key(index)}: {error}")
-    if problems:
-        raise DataError(f"{images.name}, split {images.split}", problems)
 
 
 def _claim(note: Path, made_by: Mapping[str, Any], there: int) -> None:

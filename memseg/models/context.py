@@ -68,7 +68,8 @@ class PyramidPooling(Context):
     """Spatial pyramid pooling: a bottleneck beside its averages over 1, 4, 9 and 36 cells of the map, joined by a 1x1.
 
     Each unit normalises and projects the whole map, and averages are taken of that. It is the projection of the
-    averages, as both are linear; but batch statistics of 1x1 cells would be taken over the batch's few images alone.
+    averages, as both are linear; but a lone image can be normalised. In the joined map an average over everything is
+    one number an image, of which the batch statistics of two images leave the sign alone.
 
     Args:
         in_channels, width, out_channels, norm: As of DilatedContext; each average has a quarter of `width`.

@@ -5,7 +5,7 @@ and it is kept for this alone. But c is linear in what the convolution read, and
 With g the gradient behind the norm, s the norm's scale and d = a - k for any fixed k near the mean of a:
 
     sum(g * c)  is a sum over  W * sum(g d'),  and  dc = s * g + constant + slope * c  gives
-    dW = s * sum(g d') + slope * W sum(d d') + ...        da = (s W)' g + (W' slope W) a + ...
+    dW = s * sum(g d') + slope * W sum(d d') + ...        da = (s W)' g + (W' slope W) d + ...
 
 So three products of a with g and with itself stand for the map. They are made tile by tile, as is a, the rectified
 norm of a narrower map (or that map itself, in a shortcut). The centre k keeps the sums from cancelling.
@@ -65,9 +65,10 @@ def projected_norm_backward(
         slope, constant = gradients.slope, gradients.constant + gradients.slope * base
         grad_weight += constant.outer(own) + slope[:, None] * (matrix @ square)
         grad_weight += (x.shape[0] * constant + slope * (matrix @ own)).outer(centre)
-        fold, row = matrix.t() @ (slope[:, None] * matrix), gradients.constant @ matrix
+        fold, row = matrix.t() @ (slope[:, None] * matrix), constant @ matrix
+    back, fold = (scale[:, None] * matrix).to(grad.dtype), fold.to(grad.dtype)
     wants_sums = inner is not None and inner.needs_sums
-    sums = project_folded_backward(grad, x, numbers, scale[:, None] * matrix, fold, row, to, wants_sums)
+    sums = project_folded_backward(grad, x, numbers, back, fold, row, centre, to, wants_sums)
     return ProjectionGradients(grad_weight, gradients, sums)
 
 
@@ -134,29 +135,31 @@ def project_folded_backward(
     back: Tensor,
     fold: Tensor,
     row: Tensor,
+    centre: Tensor,
     to: Tensor,
     wants_sums: bool,
 ) -> Tensor:
-    """grad @ back + a @ fold + row written to `to`, of a norm masked and scaled; its sum(g) and sum(g * (x - mean)).
+    """grad @ back + (a - centre) @ fold + row written to `to`, behind a norm masked and scaled; the norm's sums.
 
     Args:
         grad, x, numbers: As of `project_moments`.
         back: (O, C).
         fold, row: (C, C) and (C,), or both empty.
         to: (M, C).
-        wants_sums: Whether the sums (2, C) are wanted; else they are empty.
+        centre: As returned by `project_moments`.
+        wants_sums: Whether sum(g) and sum(g * (x - mean)), as (2, C), are wanted; else they are empty.
     """
     sums = _empty_sums(x, wants_sums)
     scratch = None
     if numbers:
         scale, shift, mean, bias = numbers
         scratch = Scratch(x.new_empty(tile_rows(x), x.shape[1]), scale, shift, mean, bias, wants_sums)
-    back, fold = back.t().contiguous().to(grad.dtype), fold.to(x.dtype)
+    back = back.t().contiguous()
     for tile in tiles(x):
         read, centred = scratch.normalise(x[tile]) if scratch else (x[tile], None)
         part = product(grad[tile], back)
         if fold.numel():
-            part.add_(row).addmm_(read, fold)
+            part.add_(row).addmm_((read - centre).to(part.dtype), fold)
         if scratch:
             own = sums if wants_sums else None
             chains.spread(part, read, numbers[0], to=to[tile], add=False, centred=centred, sums=own)

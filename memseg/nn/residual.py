@@ -303,7 +303,7 @@ def _project(x: Tensor, weight: Tensor) -> Tensor:
     """(N, C, H, W) times a 1x1 kernel (O, C, 1, 1): (N, O, H, W), channels-last."""
     batch, _, height, width = x.shape
     matrix = weight.flatten(1).contiguous()
-    return images(product(pixels(x), matrix).view(batch, height, width, -1))
+    return images(product(pixels(x), matrix).view(batch, height, width, matrix.shape[0]))
 
 
 def _every(x: Tensor, stride: int) -> Tensor:

@@ -326,7 +326,7 @@ class LossConfig(StrictModel):
     def _spreads_over_what_counts(cls, smoothing: float, info: ValidationInfo) -> float:
         weights = info.data.get("class_weights", ())
         if smoothing and not isinstance(weights, str) and 0 in weights:
-            raise ValueError("spreads labels over all classes, but some loss.class_weights are 0; leave one of them out")
+            raise ValueError("spreads labels to all classes, but some loss.class_weights are 0; leave one of them out")
         return smoothing
 
 

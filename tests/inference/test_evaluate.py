@@ -93,6 +93,15 @@ def test_what_cannot_be_scored_is_refused():
         evaluate(ReadsGrey(), Unlabelled())
 
 
+def test_pictures_that_the_region_does_not_fit_in_are_told_before_any_is_labelled():
+    labelled = []
+    with pytest.raises(DataError, match=r"painted, split val: 1 problem\n  painted_1: a picture must reach row 40"):
+        evaluate(
+            ReadsGrey(), Painted(), framing=Framing(region=(0, 40, 0, 31)), labelled=lambda *one: labelled.append(one)
+        )
+    assert not labelled
+
+
 def test_scores_are_the_same_in_float64():
     assert evaluate(ReadsGrey().to(torch.float64), Painted()).miou == 1
 

@@ -1,4 +1,4 @@
-"""Every network of the paper's tables: the maps that it makes and how large it is; and how networks are put together."""
+"""Every network of the paper's tables: the maps that it makes, and how large it is."""
 
 import copy
 from dataclasses import replace
@@ -128,51 +128,46 @@ NO_AUX = ("densenet121-32x", "resnet50-32x", "ladder-densenet121-single")
 @cache
 def on_meta(name):
     with torch.device("meta"):
-        return build_model(name)
+        return build_model(name).train()
 
 
-def shapes_of(model, images):
-    """The maps that a forward makes, by segment, and what it returns."""
+@cache
+def shapes_of(name):
+    """The maps that a forward makes of 1024x2048, by segment, and those that it returns."""
     shapes = {}
+    model = on_meta(name)
     hooks = [
         segment.register_forward_hook(lambda _, __, out, name=name: shapes.update({name: tuple(out.shape[1:])}))
         for name, segment in model.segments.items()
     ]
-    outputs = model.train()(images)
+    outputs = model(torch.empty(1, 3, 1024, 2048, device="meta"))
     for hook in hooks:
         hook.remove()
-    return shapes, outputs
+    return shapes, [tuple(out.shape[1:]) for out in outputs]
 
 
 @pytest.mark.parametrize("name", PYRAMIDS)
 def test_the_pyramid_at_full_resolution(name):
-    shapes, outputs = shapes_of(on_meta(name), torch.empty(2, 3, 1024, 2048, device="meta"))
+    shapes, outputs = shapes_of(name)
     assert shapes == PYRAMIDS[name]
-    assert [tuple(out.shape[1:]) for out in outputs] == [
-        PYRAMIDS[name][output] for output in ("logits", "aux_logits") if output in PYRAMIDS[name]
-    ]
+    assert outputs == [shapes[output] for output in ("logits", "aux_logits") if output in shapes]
 
 
 @pytest.mark.parametrize("name", ["ladder-densenet121-single", "ladder-densenet169-spp"])
 def test_a_variant_has_the_maps_of_what_it_varies(name):
-    images = torch.empty(1, 3, 256, 512, device="meta")
-    expected, _ = shapes_of(on_meta(name.rpartition("-")[0]), images)
-    shapes, _ = shapes_of(on_meta(name), images)
-    expected.pop("aux_logits") if name in NO_AUX else None
-    assert shapes == expected
+    expected = dict(shapes_of(name.rpartition("-")[0])[0])
+    if name in NO_AUX:
+        del expected["aux_logits"]
+    assert shapes_of(name)[0] == expected
 
 
 @pytest.mark.parametrize("name", model_names())
 def test_the_output_stride_is_that_of_the_coarsest_map(name):
-    model = on_meta(name)
-    stride = STRIDES.get(name, 64)
+    model, stride = on_meta(name), STRIDES.get(name, 64)
     assert (model.output_stride, describe(name).output_stride) == (stride, stride)
-    images = torch.empty(1, 3, 2 * stride, 2 * stride, device="meta")
-    shapes, outputs = shapes_of(model, images)
-    assert min(shape[1:] for shape in shapes.values()) == (2, 2)
-    assert len(outputs) == (1 if name in NO_AUX else 2)
-    with torch.no_grad():
-        assert model.eval()(images).shape == (1, 19, 2 * stride, 2 * stride)
+    assert model.outputs == (("logits",) if name in NO_AUX else ("logits", "aux_logits"))
+    if name in PYRAMIDS:
+        assert min(height for _, height, _ in PYRAMIDS[name].values()) == 1024 // stride
 
 
 @pytest.mark.parametrize("name", model_names())
@@ -217,8 +212,9 @@ SMALL = {
 """Networks built as those of the tables are, but small."""
 
 
-@pytest.mark.parametrize("norm", [NormMode.BATCH, NormMode.FROZEN])
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    ("name", "norm"), [*((name, NormMode.BATCH) for name in SMALL), ("ladder-resnet", NormMode.FROZEN)]
+)
 def test_a_step_has_the_plain_networks_gradients_at_every_level(name, norm):
     torch.manual_seed(0)
     plain = build_architecture(name, SMALL[name], num_classes=3, norm=norm).double().train()
@@ -240,20 +236,18 @@ def test_a_step_has_the_plain_networks_gradients_at_every_level(name, norm):
 
 @pytest.mark.parametrize("level", Recompute)
 def test_the_predicted_peak_of_a_ladder_resnet_is_the_measured_one(level):
-    architecture = Architecture(ResNetConfig((2, 1, 1, 1), width=16), width=32, context_width=64)
+    architecture = Architecture(ResNetConfig((2, 1, 1, 1), width=8), width=16, context_width=32)
     build = partial(build_architecture, "ladder-resnet", architecture, num_classes=5)
-    settings = {"image": (64, 128), "batch": 2, "recompute": level}
+    settings = {"image": (128, 256), "batch": 2, "recompute": level}
     predicted = profile_step(build, **settings).timeline.peak_allocated_bytes
-    # Each of the four layers and the context, rebuilt whole, keeps the state of random numbers.
-    if level is Recompute.SEGMENT:
-        predicted += 5 * torch.get_rng_state().nbytes
-    assert abs(predicted - measure_step(build, **settings)) <= 256
+    # What is rebuilt whole (four layers and the context) keeps the state of random numbers until then.
+    states = 5 * torch.get_rng_state().nbytes if level is Recompute.SEGMENT else 0
+    assert -256 <= measure_step(build, **settings) - predicted <= states + 256
 
 
-def test_an_encoders_convolutions_are_initialised_as_torchvision_does():
-    # By the fan-out in a ResNet: a projection from 256 to 64 channels has twice the deviation of that by the fan-in.
-    weight = build_architecture("small", Architecture(ResNetConfig((2, 1, 1, 1))), num_classes=2).get_parameter(
-        "segments.layer1.1.conv1.weight"
-    )
-    assert weight.shape == (64, 256, 1, 1)
-    assert float(weight.std()) == pytest.approx((2 / 64) ** 0.5, rel=0.05)
+def test_a_resnets_convolutions_are_initialised_by_their_fan_out_as_torchvisions():
+    model = build_architecture("small", Architecture(ResNetConfig((2, 1, 1, 1), width=32)), num_classes=2)
+    weight = model.get_parameter("segments.layer1.1.conv1.weight").detach()
+    # From 128 channels to 32: twice the deviation that the fan-in would give.
+    assert weight.shape == (32, 128, 1, 1)
+    assert float(weight.std()) == pytest.approx((2 / 32) ** 0.5, rel=0.1)

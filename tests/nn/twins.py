@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from memseg.levels import NormMode, Recompute
-from memseg.models.context import DilatedContext, PyramidPooling
+from memseg.models.context import DilatedContext
 from memseg.models.stem import Stem
 from memseg.nn import BatchNorm2d, Blend, DenseBlock, NormReluConv, ResidualLayer
 
@@ -42,7 +42,6 @@ MODULES: dict[str, tuple[Callable[[NormMode], nn.Module], Shapes]] = {
     "blend to odd size": (lambda norm: Blend(3, 4, 5, norm=norm), [(2, 3, 3, 4), (2, 4, 5, 9)]),
     "stem": (lambda norm: Stem(4, norm=norm), [(2, 3, 16, 24)]),
     "context": (lambda norm: DilatedContext(6, 8, 5, norm=norm), [(2, 6, 5, 7)]),
-    "pyramid": (lambda norm: PyramidPooling(6, 8, 5, norm=norm), [(2, 6, 7, 9)]),
 }
 """Every module that can rebuild: how it is built, and the shapes of its inputs."""
 

@@ -37,6 +37,18 @@ def cases():
         for sums in (True, False):
             backward = (pixels(grown), *flat, c, c, weight, pixels(grad), True, sums)
             yield f"project_backward, {name}, sums {sums}", OPS.project_backward, backward
+        wide, thin = feature_map(batch, 2 * channels, height, width), numbers(2 * channels)
+        yield f"add_shortcut, {name}", OPS.add_shortcut, (pixels(wide), thin, thin, pixels(wide).clone(), [thin, thin])
+        for given in ([c] * 4, []):
+            moments = (pixels(wide), pixels(x), given, True)
+            yield f"project_moments of {len(given)}, {name}", OPS.project_moments, moments
+            back, fold = torch.randn(2 * channels, channels), torch.randn(channels, channels)
+            folded = (pixels(wide), pixels(x), given, back, fold, c, c, pixels(grad), bool(given))
+            yield f"project_folded_backward of {len(given)}, {name}", OPS.project_folded_backward, folded
+        strided = feature_map(batch, out_channels, height // 2, width // 2)
+        yield f"convolve_strided, {name}", OPS.convolve_strided, (x, c, c, kernel, 2, 1, strided)
+        backward = (strided, x, c, c, c, kernel, 2, 1, grad, True)
+        yield f"convolve_strided_backward, {name}", OPS.convolve_strided_backward, backward
         pooled = feature_map(batch, out_channels, height // 2, width // 2)
         yield f"project_pooled, {name}", OPS.project_pooled, (x, c, c, weight, None, pooled)
         backward = (pooled, x, c, c, c, c, weight, grad, True)
