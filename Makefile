@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(BIN)/python -m memseg.cli.main demo --out demo
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

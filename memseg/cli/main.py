@@ -25,6 +25,8 @@ COMMANDS = {
     "eval": "evaluate",
     "predict": "predict",
     "submit": "submit",
+    "bench": "bench",
+    "export": "export",
     "curves": "curves",
     "demo": "demo",
 }

@@ -67,11 +67,14 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         MemsegError: what stopped the run, in one line.
     """
+    from memseg.inference.labelling import Framing
     from memseg.training.checkpoint import checkpoint_folders, load_run
     from memseg.training.recipe import load_recipe, override_recipe
 
     if bool(args.recipe) == bool(args.resume):
         raise InputError("give either a recipe to begin with, or --resume with the folder of a run")
+    if args.resume and args.out:
+        raise InputError(f"a run goes on in its own folder, {args.resume}; leave out --out")
     nodes = nodes_of(args)
     begun = None
     if args.resume:
@@ -88,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if args.resume and dataset.classes.names != classes.names:
         raise InputError(f"{folder} learns {', '.join(classes.names)}; go on with a data set of the same classes")
     if recipe.train.evaluate_every:
-        recipe.data.open_val()
+        Framing.of(recipe.data).check(recipe.data.open_val())
     _check(recipe, dataset, folder)
     fresh = not args.resume or args.plan or args.cards or args.strategy
     if args.resume and not fresh:

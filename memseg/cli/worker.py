@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from memseg.cli.dashboard import Dashboard
 from memseg.cli.peaks import PeakWatch, known_peaks
 from memseg.data import SegmentationDataset
+from memseg.data.loader import is_lost_process
 from memseg.errors import InputError, MemsegError, PlanError
 from memseg.files import replace_file
 from memseg.inference.evaluate import evaluate
@@ -307,6 +308,11 @@ def _in_one_line(error: Exception, card: CardPlan | None) -> str | None:
             f"{card.card}: the memory of this card ran out, {format_bytes(card.capacity_bytes)}; the plan predicted "
             f"{format_bytes(card.needed_bytes)}. Make a new plan, or give the card more"
         )
+    if is_lost_process(error):
+        return (
+            f"a process that decodes images was lost, near a memory limit the likely cause: {str(error).strip()} "
+            "Go on with --resume, and with fewer of them: --set train.workers=1"
+        )
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return None
@@ -317,14 +323,17 @@ def _leave_error(folder: Path, message: str, rank: int) -> None:
     lift_memory_limit()
     folder.mkdir(parents=True, exist_ok=True)
     mine = folder / f".{ERROR_FILE}.{rank}"
-    mine.write_text(message, encoding="utf-8")
     try:
+        mine.write_text(message, encoding="utf-8")
         # There at once and whole: another machine may be looking.
         os.link(mine, folder / ERROR_FILE)
     except FileExistsError:
         return
+    except OSError:
+        # The disk may be what failed.
+        print(message, file=sys.stderr)
     finally:
-        mine.unlink()
+        mine.unlink(missing_ok=True)
 
 
 def _write_result(folder: Path, plan: Plan, trainer: Trainer, report: StepReport | None, peak_bytes: int) -> None:

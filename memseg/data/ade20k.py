@@ -68,7 +68,8 @@ def read_object_info(path: Path) -> ClassList:
     """The classes in a file such as objectInfo150.txt: each by the first of its names, where no other has that.
 
     Raises:
-        DataError: it is no table with tabs and a column Name, or its rows are not numbered 1, 2, 3, ...
+        DataError: it is no table with tabs and a column Name, or its rows are not numbered 1, 2, 3, ..., or two
+            have the same names.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -86,4 +87,7 @@ def read_object_info(path: Path) -> ClassList:
     first = [full.replace(";", ",").split(",")[0].strip() for full in names]
     shared = {short for short, count in Counter(first).items() if count > 1}
     short_names = tuple(full if short in shared else short for full, short in zip(names, first, strict=True))
+    if twice := [name for name, count in Counter(short_names).items() if count > 1]:
+        problem = f"each class must have a name of its own, found twice: {', '.join(twice)}; rename one"
+        raise DataError(str(path), [problem])
     return ClassList(short_names, tuple(spread_colour(number + 1) for number in range(len(rows))))

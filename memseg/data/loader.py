@@ -40,3 +40,11 @@ def make_loader(
                 view[place]
             raise
         yield samples
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that a process that decodes was ended; it is raised wherever the run is at that moment.
+
+    Source: `DataLoader._try_get_data`, and `_error_if_any_worker_fails` in torch/csrc/DataLoader.cpp, torch 2.14.1.
+    """
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")

@@ -128,16 +128,16 @@ def bands(batch: int, size: tuple[int, int], row_bytes: int, limit: int, *, halo
         batch: Images.
         size: (H, W) of each.
         row_bytes: Of one row of one image.
-        limit: Bytes of a band, at least one row.
+        limit: Bytes of a band, at least one row, and four times the halo: else most of it would be read again.
         halo: Rows that an output row reads above and below its own. Bands of whole images have none: there the
             convolution pads.
         multiple: Rows that stay together.
     """
     height = size[0]
-    if height * row_bytes <= limit or height <= multiple:
+    if height * row_bytes <= limit or height <= max(multiple, 4 * halo):
         step = max(1, min(batch, limit // max(1, height * row_bytes)))
         return [Band(n, min(n + step, batch), 0, height, 0, height, 0, 0) for n in range(0, batch, step)]
-    step = max(multiple, (limit // row_bytes - 2 * halo) // multiple * multiple, min(height, 4 * halo))
+    step = max(multiple, (limit // row_bytes - 2 * halo) // multiple * multiple, 4 * halo)
     found = []
     for n in range(batch):
         for start in range(0, height, step):

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memseg.nn import chains
-from memseg.nn.autograd import wide_dtype
 from memseg.nn.banded import banded
 from memseg.nn.join import joined_channels, joined_size, read_rows, upsample_rows
 from memseg.nn.layout import (
@@ -38,7 +37,7 @@ from memseg.nn.layout import (
     tile_rows,
     tiles,
 )
-from memseg.nn.products import Scratch, add_product, product
+from memseg.nn.products import Scratch, add_product, gradients_like, product
 
 _aten = torch.ops.aten
 _Shape = torch.Size | Sequence[int]
@@ -67,7 +66,7 @@ def _narrow_project_backward(grad_out: Tensor, x: Tensor, *others: Any) -> tuple
     return grad_out[first], x[first], *numbers, grad[first], add, wants_sums
 
 
-@banded(mutates=["grad"], narrow=_narrow_project_backward, fake=lambda *args: _fake_gradients(args[6], args[9]))
+@banded(mutates=["grad"], narrow=_narrow_project_backward, fake=lambda *args: gradients_like(args[6], args[9]))
 def project_backward(
     grad_out: Tensor,
     x: Tensor,
@@ -84,7 +83,7 @@ def project_backward(
 
     scale * g is written to `grad` (M, C), or added to it, without the terms through batch statistics.
     """
-    grad_weight, sums = _gradients_like(weight, wants_sums)
+    grad_weight, sums = gradients_like(weight, wants_sums)
     back = weight.t().contiguous()
     scratch = Scratch(x.new_empty(tile_rows(x), x.shape[1]), scale, shift, mean, bias, wants_sums)
     for tile in tiles(x):
@@ -126,7 +125,7 @@ def _narrow_pooled_backward(grad_out: Tensor, x: Tensor, *others: Any) -> tuple[
     return grad_out[:batch, :, : height // 2], x[part], *numbers, grad[part], wants_sums
 
 
-@banded(mutates=["grad"], narrow=_narrow_pooled_backward, fake=lambda *args: _fake_gradients(args[6], args[8]))
+@banded(mutates=["grad"], narrow=_narrow_pooled_backward, fake=lambda *args: gradients_like(args[6], args[8]))
 def project_pooled_backward(
     grad_out: Tensor,
     x: Tensor,
@@ -139,7 +138,7 @@ def project_pooled_backward(
     wants_sums: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `project_backward`, of x and grad (N, C, H, W) and grad_out (N, O, H // 2, W // 2)."""
-    grad_weight, sums = _gradients_like(weight, wants_sums)
+    grad_weight, sums = gradients_like(weight, wants_sums)
     back = weight.t().contiguous()
     source, target, grads = rows(x), rows(grad), rows(grad_out)
     if x.shape[2] % 2 or x.shape[3] % 2:
@@ -209,7 +208,7 @@ def _narrow_convolve_backward(grad_out: Tensor, inputs: list[Tensor], *others: A
     return grad_out[region], parts, *numbers, weight, dilation, [grad[region] for grad in grads], wants_sums
 
 
-@banded(mutates=["grads"], narrow=_narrow_convolve_backward, fake=lambda *args: _fake_gradients(args[5], args[8]))
+@banded(mutates=["grads"], narrow=_narrow_convolve_backward, fake=lambda *args: gradients_like(args[5], args[8]))
 def convolve_backward(
     grad_out: Tensor,
     inputs: list[Tensor],
@@ -226,7 +225,7 @@ def convolve_backward(
     g itself, the gradient at the normalised and rectified map, is written to `grads`: one map (N, C_i, H, W) for each
     input, all of the fine size.
     """
-    grad_weight, sums = _gradients_like(weight, wants_sums)
+    grad_weight, sums = gradients_like(weight, wants_sums)
     halo, kernel, size = _halo(weight, dilation), channels_last(weight), joined_size(inputs)
     for band in _conv_bands(inputs, halo):
         part = _is_part(band, grad_out)
@@ -290,11 +289,6 @@ def _grad_band(grad_out: Tensor, band: Band, halo: int) -> Tensor:
     return out
 
 
-def _gradients_like(weight: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor]:
-    wide = wide_dtype(weight.dtype)
-    return torch.zeros_like(weight, dtype=wide), weight.new_zeros(2, weight.shape[1] if wants_sums else 0, dtype=wide)
-
-
 def _halo(weight: Tensor, dilation: int) -> int:
     return int(dilation * (weight.shape[2] // 2))
 
@@ -336,11 +330,6 @@ def _pool_bands(x: Tensor) -> list[Band]:
 def _pool_region(x: Tensor, band: Band) -> tuple[slice, slice, slice]:
     """A band of (N, H, W, C), without the last column of an odd width."""
     return slice(band.first, band.last), slice(band.start, band.stop), slice(0, x.shape[3] // 2 * 2)
-
-
-def _fake_gradients(weight: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor]:
-    wide = wide_dtype(weight.dtype)
-    return torch.empty_like(weight, dtype=wide), weight.new_empty(2, weight.shape[1] if wants_sums else 0, dtype=wide)
 
 
 # Multiplications and additions, for the flop counter

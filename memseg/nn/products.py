@@ -1,10 +1,11 @@
-"""Products of tiles of pixels with the matrix of a 1x1 convolution, and what a tile is normalised into."""
+"""Products of tiles of pixels with the matrix of a 1x1 convolution; what a tile is normalised into, and sums go to."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from memseg.nn import chains
+from memseg.nn.autograd import wide_dtype
 from memseg.nn.layout import channels_last, device_type, images, pixels
 
 
@@ -26,6 +27,12 @@ def add_product(total: Tensor, grad_out: Tensor, x: Tensor) -> None:
         total.addmm_(grad_out.t(), x)
     else:
         total += torch.mm(grad_out.t(), x)
+
+
+def gradients_like(weight: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor]:
+    """Zeros to add gradients up in: of a weight (O, C, ...), and a norm's two sums as (2, C) or (2, 0)."""
+    wide = wide_dtype(weight.dtype)
+    return torch.zeros_like(weight, dtype=wide), weight.new_zeros(2, weight.shape[1] if wants_sums else 0, dtype=wide)
 
 
 class Scratch:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from memseg.nn import chains
-from memseg.nn.autograd import wide_dtype
 from memseg.nn.banded import banded
 from memseg.nn.layout import channels_last, images, rows
+from memseg.nn.products import gradients_like
 
 _aten = torch.ops.aten
 
@@ -44,12 +44,7 @@ def _narrow_backward(grad_out: Tensor, x: Tensor, *others: Any) -> tuple[Any, ..
     return grad_out[:1], x[:1], *numbers, grad[:1], wants_sums
 
 
-def _empty_gradients(weight: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor]:
-    wide = wide_dtype(weight.dtype)
-    return torch.zeros_like(weight, dtype=wide), weight.new_zeros(2, weight.shape[1] if wants_sums else 0, dtype=wide)
-
-
-@banded(mutates=["grad"], narrow=_narrow_backward, fake=lambda *args: _empty_gradients(args[5], args[9]))
+@banded(mutates=["grad"], narrow=_narrow_backward, fake=lambda *args: gradients_like(args[5], args[9]))
 def convolve_strided_backward(
     grad_out: Tensor,
     x: Tensor,
@@ -66,7 +61,7 @@ def convolve_strided_backward(
 
     g itself, the gradient at the normalised and rectified map, is written to `grad` (N, C, H, W).
     """
-    grad_weight, sums = _empty_gradients(weight, wants_sums)
+    grad_weight, sums = gradients_like(weight, wants_sums)
     kernel = channels_last(weight)
     for image in range(x.shape[0]):
         source, target = rows(x)[image : image + 1], rows(grad)[image : image + 1]

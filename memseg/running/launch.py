@@ -24,6 +24,9 @@ apiece."""
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 
+_LAUNCHER = "MEMSEG_LAUNCHER"
+"""Environment variable of a launched process: the id of the one that launched it."""
+
 _PATIENCE_SECONDS = 1800
 """How long machines wait for each other: the first may still be planning when the others have begun."""
 
@@ -87,6 +90,7 @@ def launch(
     """
     for name, value in environment(at_once).items():
         os.environ.setdefault(name, value)
+    os.environ[_LAUNCHER] = str(os.getpid())
     options = [*_meeting(nodes or Nodes()), f"--nproc-per-node={processes}", "--module", module, *arguments]
     # Our processes say themselves what went wrong; the agent's account of it would drown their line.
     prefix = "torch.distributed.elastic"
@@ -102,6 +106,7 @@ def launch(
     except DistError as error:
         raise ConnectionError(str(error).splitlines()[0]) from None
     finally:
+        del os.environ[_LAUNCHER]
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     return 0
@@ -121,7 +126,7 @@ def _meeting(nodes: Nodes) -> list[str]:
 
 
 def end_with_parent() -> None:
-    """Have the system end this process when the one that launched it dies, however that happens.
+    """Have the system end this process when the one that launched it dies, however that happens, or has died already.
 
     Each launched process leads a session of its own, so a launcher that is killed outright takes none with it: they
     would train on, and write into the run folder beside those that resume the run.
@@ -130,3 +135,6 @@ def end_with_parent() -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        # Loading torch takes seconds: whoever died in them sends no signal any more.
+        if os.getppid() != int(os.environ.get(_LAUNCHER, os.getppid())):
+            os.kill(os.getpid(), signal.SIGKILL)

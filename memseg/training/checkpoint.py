@@ -118,6 +118,9 @@ def save_checkpoint(
     try:
         dcp_save(state, storage_writer=_Writer(part, sync_files=True))
     except CheckpointException as error:
+        if dist.get_rank() == 0:
+            # Nobody writes there any more, and what little room there is, is needed to say what happened.
+            shutil.rmtree(part, ignore_errors=True)
         raise _disk_error(error, part) from None
     if dist.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)

@@ -73,9 +73,9 @@ def _problems(stored: Mapping[str, torch.Size], model: SegmentedModel) -> list[s
     if unknown := [name for name in stored if name not in wanted]:
         problems.append(f"{len(unknown)} tensors are not of this network: {_some(unknown)}")
     different = [name for name in wanted if name in stored and stored[name] != wanted[name]]
-    classes = {stored[name][0] for name in different if name.split(".")[1] in model.outputs}
-    if len(classes) == 1:
-        found = classes.pop()
+    classes = {stored[name][:1] for name in different if name.split(".")[1] in model.outputs}
+    if len(classes) == 1 and (first := classes.pop()):
+        found = first[0]
         if found != model.num_classes:
             problems.append(f"it tells {found} classes apart, the data set has {model.num_classes}")
     problems += [

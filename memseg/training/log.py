@@ -8,7 +8,8 @@ step first cuts it back to that step, into a new file that takes the place of th
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,33 +29,54 @@ class MetricsLog:
         folder: The run folder; made if absent.
         resume_step: Steps that the run has behind it. Lines of later steps are cut, and TensorBoard is told to drop
             its points of later steps; 0 begins anew.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
     """
 
     def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
         replace_file(path, "".join(_line(record) for record in read_metrics(folder) if record["step"] <= resume_step))
-        self._lines = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(log_dir=str(folder / EVENTS_FOLDER), purge_step=resume_step + 1, flush_secs=10)
+        self._folder, self._lines = folder, path.open("a", encoding="utf-8")
+        with self._named():
+            self._events = SummaryWriter(log_dir=str(folder / EVENTS_FOLDER), purge_step=resume_step + 1, flush_secs=10)
 
     def write(self, step: int, values: Mapping[str, float | int]) -> None:
         """Log values of one step under their names.
 
         A value that is not finite becomes null in the line, as JSON knows no nan; TensorBoard gets it as it is.
+
+        Raises:
+            OSError: the disk is full or cannot be written.
         """
-        self._lines.write(_line({"step": step, **values}))
-        self._lines.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        with self._named():
+            self._lines.write(_line({"step": step, **values}))
+            self._lines.flush()
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
 
     def sync(self) -> None:
         """Put the lines on the disk: a checkpoint that relies on them, as the best one does, comes after."""
         os.fsync(self._lines.fileno())
 
     def close(self) -> None:
-        """Write out what TensorBoard still buffers, and close the files."""
-        self._lines.close()
-        self._events.close()
+        """Write out what TensorBoard still buffers, and close the files.
+
+        Raises:
+            OSError: as for `write`.
+        """
+        with self._named():
+            self._lines.close()
+            self._events.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Inside, errors of the disk say where: neither open files nor TensorBoard, which writes in a thread, do."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._folder)) from None
 
     def __enter__(self) -> Self:
         return self

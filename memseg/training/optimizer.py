@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from memseg.errors import PlanError
+from memseg.levels import Precision
 from memseg.training.recipe import Recipe
 from memseg.training.tables import OptimizerConfig
 
@@ -38,13 +39,20 @@ def make_optimizer(recipe: Recipe, module: nn.Module, encoder: tuple[str, ...]) 
             groups.setdefault((scale, options.weight_decay if decays else 0.0), []).append(parameter)
     if not groups:
         raise PlanError("each card of a plan must have something to train, one has no parameters; make a new plan")
-    return _make(
+    optimizer = _make(
         options,
         [
             {"params": parameters, "lr_scale": scale, "weight_decay": decay}
             for (scale, decay), parameters in groups.items()
         ],
     )
+    if options.kind == "momentum" and recipe.train.precision is Precision.FLOAT16:
+        # A first step that overflows and is skipped, as it often does, would leave whatever lies in fresh memory:
+        # `_fused_sgd` in torch/optim/sgd.py, torch 2.14.1.
+        for parameters in groups.values():
+            for parameter in parameters:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _make(options: OptimizerConfig, groups: list[dict[str, object]]) -> torch.optim.Optimizer:

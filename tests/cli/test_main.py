@@ -85,6 +85,24 @@ def test_a_shown_recipe_is_the_file_itself(tmp_path, capsys):
     assert load_recipe(mine) == load_recipe("streets_demo")
 
 
+def test_recipes_are_listed_with_what_was_published_of_them_and_shown_whole(capsys):
+    assert main(["recipes"]) == 0
+    listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "72.82 %" in listed["table1_ladder_densenet121"]
+    assert "%" not in listed["streets_demo"]
+
+    assert main(["recipes", "--json"]) == 0
+    recipes = {recipe["name"]: recipe for recipe in json.loads(capsys.readouterr().out)["recipes"]}
+    assert recipes.keys() == listed.keys() - {"recipe"}
+    assert recipes["table5_ladder_densenet169"]["reference"]["split"] == "test"
+    assert recipes["streets_demo"]["reference"] is None
+
+    assert main(["recipes", "show", "table3_ladder_resnet50", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert (whole["model"]["name"], whole["model"]["encoder_weights"]) == ("ladder-resnet50", None)
+    assert (whole["data"]["image"], whole["train"]["batch"], whole["train"]["log_every"]) == ("448x1024", 4, 1)
+
+
 def test_a_reader_that_goes_away_is_no_error():
     reading, writing = os.pipe()
     os.close(reading)

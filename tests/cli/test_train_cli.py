@@ -92,6 +92,7 @@ def test_the_loss_falls(split_run):
         (["streets_demo", "--set", "data.streets.length=7"], "train.batch is 8, there are 7 images"),
         (["streets_demo", "--resume", "runs/some"], "give either a recipe to begin with, or --resume"),
         ([], "give either a recipe to begin with, or --resume"),
+        (["--resume", "runs/some", "--out", "elsewhere"], "a run goes on in its own folder, runs/some; leave out"),
         (["--resume", "nowhere"], "nowhere: must be a run folder as memseg train makes it"),
         (["streets_demo", "--plan", "absent.json"], "absent.json: cannot be read as a plan"),
         (["camvid_mini", "--set", "data.root=nowhere"], "found no such folder; correct data.root"),
@@ -133,6 +134,18 @@ def test_an_image_without_label_is_named_before_training(tmp_path, capsys):
     (root / "labels" / "train" / "2.png").unlink()
     assert main(["train", *on_folder(root), "--cards", "cpu:2GiB", "--out", str(tmp_path / "run")]) == 2
     assert "images/train/2.jpg: has no label; add labels/train/2.png" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_picture_that_the_region_does_not_fit_is_named_before_training(tmp_path, capsys):
+    root = folder_data(tmp_path / "data")
+    for kind in ("images", "labels"):
+        (root / kind / "val").mkdir()
+    Image.new("RGB", (128, 32)).save(root / "images" / "val" / "low.png")
+    Image.new("L", (128, 32)).save(root / "labels" / "val" / "low.png")
+    region = ["--set", "data.region=[0, 64, 0, 128]", "--set", "train.evaluate_every=1"]
+    assert main(["train", *on_folder(root), *region, "--cards", "cpu:2GiB", "--out", str(tmp_path / "run")]) == 2
+    assert "folder, split val: 1 problem\n  low: a picture must reach row 64" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -75,6 +75,7 @@ def test_classes_that_share_their_first_name_keep_all_names(tmp_path):
         ("Idx\tName\n1\twall\n3\tsky\n", "Idx must count from 1 .*, found 1, 3, ... in 2 rows"),
         ("Idx\tName\n1\twall\n2\n", "Idx must count from 1"),
         ("Idx\tName\n1\twall\n", "Idx must count from 1"),
+        ("Idx\tName\n1\twall\n2\twall\n", "a name of its own, found twice: wall; rename one"),
     ],
 )
 def test_a_table_that_is_none_is_told(tmp_path, text, problem):

@@ -1,5 +1,8 @@
 """Batches from other processes: in order, the right samples, and errors as they were."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from numbered import Numbered
 from PIL import Image
 
 from memseg.data import Fit, open_dataset
-from memseg.data.loader import make_loader
+from memseg.data.loader import is_lost_process, make_loader
 from memseg.data.training_view import TrainingView
 from memseg.errors import DataError
 
@@ -57,3 +60,21 @@ def test_an_error_while_decoding_is_raised_as_it_is(tmp_path, workers):
     with pytest.raises(DataError, match=r"b\.png: 1 problem\n  label values must be 0-1, 255") as caught:
         next(loader)
     assert caught.value.where.endswith("labels/train/b.png")
+
+
+class Deadly(TrainingView):
+    """A view that the process which decodes for another does not survive."""
+
+    def __getitem__(self, place):
+        if os.getpid() != self.reader:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(place)
+
+
+def test_a_process_that_was_killed_while_it_decoded_is_told_from_other_errors():
+    view = Deadly(Numbered((4, 4)), size=(4, 4), fit=Fit.PAD, flip=False, seed=0)
+    view.reader = os.getpid()
+    with pytest.raises(RuntimeError) as caught:
+        next(make_loader(view, [[(0, 0)]], workers=1, device=CPU))
+    assert is_lost_process(caught.value)
+    assert not is_lost_process(RuntimeError("another"))

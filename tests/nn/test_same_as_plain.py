@@ -71,6 +71,16 @@ def test_a_map_of_many_bands_the_last_one_ragged(name, norm, monkeypatch):
     assert_same(step(other, inputs), step(plain, inputs))
 
 
+@pytest.mark.parametrize("name", ["dilated dense block", "dilated residual layer"])
+def test_a_map_that_is_too_large_for_a_band_and_too_low_to_be_cut_for_a_dilated_convolution(name, monkeypatch):
+    # Its one band was taken for a part of the image, with rows of zeros, and padded as a whole image besides.
+    monkeypatch.setattr(layout, "_BAND_BYTES", {"cpu": 1})
+    plain, other = build(name)
+    other.recompute = Recompute.UNITS
+    inputs = random_inputs(MODULES[name][1])
+    assert_same(step(other, inputs), step(plain, inputs))
+
+
 @pytest.mark.parametrize("level", Recompute)
 @pytest.mark.parametrize("name", MODULES)
 def test_without_gradients_the_output_is_the_same(name, level):

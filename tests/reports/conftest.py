@@ -21,8 +21,10 @@ def find_browser():
         return found
     if os.name != "posix" or os.getuid() != 0 or not shutil.which("apt-get"):
         pytest.skip("there is no chromium, and only root can install one with apt-get")
-    install = "apt-get install -y --no-install-recommends chromium"
-    command = f"{install} || (apt-get update && {install})"
+    # Another process of the same run of tests may be at it: it is waited for.
+    apt = f"apt-get -o DPkg::Lock::Timeout={INSTALL_S}"
+    install = f"{apt} install -y --no-install-recommends chromium"
+    command = f"{install} || ({apt} update && {install})"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     try:
         subprocess.run(["sh", "-c", command], env=environment, capture_output=True, timeout=INSTALL_S, check=True)

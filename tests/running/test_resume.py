@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import command, environment, hand_written_plan, largest_difference, memseg, streets, train
+from processes import command, environment, hand_written_plan, largest_difference, memseg, python, streets, train
 
 from memseg.levels import Recompute
 from memseg.training.checkpoint import checkpoint_folders, load_run
@@ -33,6 +33,20 @@ def wait_for(condition, what, seconds=120):
     while not condition():
         assert time.monotonic() < end, what
         time.sleep(0.01)
+
+
+def test_a_process_whose_launcher_died_before_it_could_watch_it_ends_at_once():
+    done = python(
+        """
+import os
+from memseg.running import end_with_parent
+for launcher in (os.getppid(), 1):
+    os.environ["MEMSEG_LAUNCHER"] = str(launcher)
+    end_with_parent()
+    print("goes on", flush=True)
+"""
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "goes on\n"), done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def test_a_save_that_the_system_refuses_raises_oserror_and_leaves_what_was_there
     run, output = run_and_output
     part = run / CHECKPOINTS_FOLDER / "step-00000004.part"
     assert output.splitlines() == [str(part), "File too large"]
-    assert part.is_dir()
+    assert not part.exists()
     assert [path.name for path in checkpoint_folders(run)] == ["step-00000002", "step-00000003"]
     trained = load_trained(run)
     assert trained.step == 3

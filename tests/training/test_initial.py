@@ -75,6 +75,13 @@ def test_another_network_is_refused_with_all_kinds_of_differences(run):
     assert len(caught.value.problems) < 10
 
 
+def test_a_single_number_where_logits_belong_is_told_like_any_other_shape(run, tmp_path):
+    state = torch.load(run.parent / "1.pth")
+    torch.save(state | {"segments.logits.conv.bias": torch.tensor(1.0)}, tmp_path / "odd.pth")
+    with pytest.raises(ProblemsError, match=r"segments\.logits\.conv\.bias: has a single number, must have 8"):
+        check_initial_weights(tmp_path / "odd.pth", build_model(MODEL, num_classes=CLASSES))
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [

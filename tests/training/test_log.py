@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from memseg.training.log import EVENTS_FOLDER, METRICS_FILE, MetricsLog, read_metrics
@@ -51,3 +53,15 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
         log.write(2, {"loss": 20.0})
     events = EventAccumulator(str(tmp_path / EVENTS_FOLDER)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 20.0)]
+
+
+def test_a_disk_that_refuses_a_line_is_named_with_the_folder_of_the_run(tmp_path):
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsLog(tmp_path) as log:
+        # As on a full disk: no file may grow beyond 10 bytes; the system answers EFBIG.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, most))
+        try:
+            with pytest.raises(OSError, match=f"File too large: '{tmp_path}'"):
+                log.write(1, {"loss": 0.5})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))

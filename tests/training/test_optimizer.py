@@ -48,6 +48,23 @@ def test_each_kind_keeps_so_many_tensors_like_its_parameter(overrides, kind, kep
     assert len(held) == kept
 
 
+def test_momentum_begins_at_zero_where_the_first_step_in_float16_overflows():
+    # torch skips such a step, but would have made the sum of gradients in fresh memory, and would go on with that.
+    optimizer, _ = made("optimizer.name=sgd", "train.precision=float16")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert not any(optimizer.state[parameter]["momentum_buffer"].any() for parameter in parameters)
+    scaler = torch.amp.GradScaler("cpu")
+    before = parameters[0].detach().clone()
+    for value, momentum in ((math.inf, 0.0), (scaler.get_scale() / 2, 1.0)):
+        scaler.scale(torch.zeros(()))
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, value)
+        scaler.step(optimizer)
+        scaler.update()
+        expected = momentum + (1e-4 * before if momentum else 0)
+        assert torch.allclose(optimizer.state[parameters[0]]["momentum_buffer"], expected + torch.zeros_like(before))
+
+
 def test_norms_and_biases_decay_like_the_rest_unless_told_otherwise():
     _, ((_, group),) = made("optimizer.weight_decay=0.5")
     assert group["weight_decay"] == 0.5
