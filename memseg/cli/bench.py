@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     network = load_network(args.network, num_classes=args.classes, checkpoint=args.checkpoint)
     network.model.check_image(size)
     pictures, source = sample_pictures(network, size, args.batch * (1 + _SAMPLES))
-    images, *samples = pictures.split(args.batch)
+    images, *samples = torch.split(pictures, args.batch)
     rows = bench_inference(
         network.model,
         images,
@@ -135,7 +135,8 @@ def _print_rows(rows: "list[InferRow]", args: argparse.Namespace, source: str, d
     machine = ", ".join(f"{key} {value}" for key, value in {**_machine(device), **_versions()}.items())
     weights = "its trained weights" if trained else "random weights"
     print(
-        f"{args.network}, {weights}, images to full-size logits, {args.image}, batch {args.batch}, {source}\n{machine}\n"
+        f"{args.network}, {weights}, {source}, images to full-size logits, {args.image}, batch {args.batch}\n"
+        f"{machine}\n"
     )
     table = [("configuration", "images/s", "median", "range", "speed-up", "max difference", "changed", "answers")]
     for row in rows:

@@ -195,13 +195,17 @@ def _write_page(
 
 def _figures(result: "EvalResult") -> list[tuple[str, str, str]]:
     """The scores at the top of the page."""
-    found = sum(iou is not None for iou in result.iou.values())
     figures = [
-        ("mIoU", f"{result.miou:.2%}", f"mean over {found} of {len(result.iou)} classes"),
+        ("mIoU", f"{result.miou:.2%}", f"mean over {_found(result.iou)} classes"),
         ("pixel accuracy", f"{result.pixel_accuracy:.2%}", f"{result.images} pictures"),
     ]
     if result.category_miou is not None:
-        figures.append(("IoU of categories", f"{result.category_miou:.2%}", f"mean over {len(result.category_iou)}"))
+        mean = f"mean over {_found(result.category_iou)} categories"
+        figures.append(("IoU of categories", f"{result.category_miou:.2%}", mean))
     if result.miiou is not None:
         figures.append(("iIoU", f"{result.miiou:.2%}", f"{result.instance_images} pictures with maps of instances"))
     return figures
+
+
+def _found(scores: dict[str, float | None]) -> str:
+    return f"{sum(score is not None for score in scores.values())} of {len(scores)}"

@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{option} must be 1 or more, got {getattr(args, option)}")
     asked = parse_image(args.image) if args.image else None
 
+    import torch
+
     from memseg.inference.export import Format, check_packages, export_network
     from memseg.inference.networks import load_network, sample_pictures
 
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         labels=args.labels,
         dynamic=args.dynamic,
         classes=network.classes,
-        pictures=pictures.split(args.batch),
+        pictures=torch.split(pictures, args.batch),
         progress=lambda text: print(f"memseg export: {text}", file=sys.stderr),
     )
     what = "share of other labels" if args.labels else "largest difference of a logit, over the largest logit,"

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from memseg.cli.console import add_command, progress_bar
 from memseg.cli.network_options import add_network_options, use_network
@@ -49,48 +50,31 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError: no run lies there, or it has no such checkpoint.
     """
     from memseg.errors import InputError
-    from memseg.inference.predict import check_videos, find_inputs, predict_images, predict_video
+    from memseg.inference.predict import check_inputs, find_inputs, predict_images, predict_video
 
     if not args.overlay and not args.labels:
         raise InputError("--no-overlay and --no-labels together leave nothing to write; give one of them")
     if args.every < 1:
         raise InputError(f"--every must be 1 or more pictures, got {args.every}")
-    inputs = find_inputs(args.images)
+    inputs = find_inputs(args.images, args.out)
     network = use_network(args)
     framing = network.framing(network.trained.recipe)
-    check_videos(inputs.videos, framing)
+    check_inputs(inputs, framing)
     model, classes = network.trained.model, network.trained.classes
+    how: dict[str, Any] = {
+        "device": network.device,
+        "framing": framing,
+        "precision": network.precision,
+        "labels": args.labels,
+        "overlay": args.overlay,
+    }
     pictures = 0
     if inputs.images:
         with progress_bar("labelling") as progress:
-            predictions = predict_images(
-                model,
-                inputs.images,
-                args.out,
-                classes,
-                device=network.device,
-                framing=framing,
-                precision=network.precision,
-                labels=args.labels,
-                overlay=args.overlay,
-                progress=progress,
-            )
-        pictures += len(predictions)
+            pictures += len(predict_images(model, inputs.images, args.out, classes, progress=progress, **how))
     for path in inputs.videos:
         with progress_bar(path.name) as progress:
-            done = predict_video(
-                model,
-                path,
-                args.out,
-                classes,
-                every=args.every,
-                device=network.device,
-                framing=framing,
-                precision=network.precision,
-                labels=args.labels,
-                overlay=args.overlay,
-                progress=progress,
-            )
+            done = predict_video(model, path, args.out, classes, every=args.every, progress=progress, **how)
         pictures += done.frames
     print(f"labelled {pictures} picture{'s' if pictures != 1 else ''} in {args.out}")
     return 0

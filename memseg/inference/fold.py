@@ -96,7 +96,8 @@ def _take(module: GraphModule, x: Node, scale: Tensor, shift: Tensor) -> None:
     if x.target is CAT:
         parts = cast(Sequence[Node], x.args[0])
         sizes = [shape(part)[1] for part in parts]
-        for part, own_scale, own_shift in zip(parts, scale.split(sizes), shift.split(sizes), strict=True):
+        numbers = (torch.split(scale, sizes), torch.split(shift, sizes))
+        for part, own_scale, own_shift in zip(parts, *numbers, strict=True):
             _take(module, part, own_scale, own_shift)
     elif x.target is CONV:
         weight, bias = _kernel(module, x)

@@ -1,4 +1,4 @@
-"""A network by its name or its run, and pictures like those that it will see: what measuring and exporting begin with."""
+"""A network by its name or its run, and pictures like those it will see: what measuring and exporting begin with."""
 
 from dataclasses import dataclass
 from pathlib import Path

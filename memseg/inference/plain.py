@@ -32,7 +32,7 @@ def plain_graph(model: SegmentedModel, images: Tensor) -> GraphModule:
     Its parameters are copies. The network is left as it is.
     """
     twin = copy.deepcopy(model).eval()
-    module = cast(GraphModule, torch.export.export(twin, (images,)).module(check_guards=False))
+    module = torch.export.export(twin, (images,)).module(check_guards=False)
     for node in module.graph.find_nodes(op="call_module", target="_guards_fn"):
         module.graph.erase_node(node)
     tidy(module)

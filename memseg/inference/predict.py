@@ -1,8 +1,9 @@
 """Label maps for pictures and videos of one's own.
 
 A folder may hold hundreds of pictures and one of them may be broken. What can be known beforehand (a missing file, a
-file that is no picture, two pictures whose results would overwrite each other) is told before the first is labelled.
-What shows only on decoding stops the work with the file's name, and every result already written stays, whole.
+file that is no picture, two pictures whose results would overwrite each other) is told before the first is labelled,
+all at once. What shows only on decoding stops the work with the file's name, and every result already written stays,
+whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ from memseg.models import SegmentedModel
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"})
 """What counts as a picture inside a folder; a file that is named itself may have any suffix but those of videos."""
+
+_LABELS, _OVERLAY, _VIDEO_OVERLAY = "_labels.png", "_overlay.png", "_overlay.mp4"
+"""How the names of results end."""
 
 Progress = Callable[[int, int], None]
 """Called with the pictures done and the pictures in all."""
@@ -62,8 +66,12 @@ class Inputs:
     videos: list[Path]
 
 
-def find_inputs(paths: Sequence[Path]) -> Inputs:
-    """Pictures and videos among files and folders, in the order given; folders are searched to the bottom, sorted.
+def find_inputs(paths: Sequence[Path], out_dir: Path | None = None) -> Inputs:
+    """Pictures and videos among files and folders, in the order given, each once.
+
+    Args:
+        paths: Files, and folders, which are searched to the bottom, sorted.
+        out_dir: Where results go. What an earlier run has left there is no picture of a folder.
 
     Raises:
         DataError: a path does not exist, or a folder holds neither; all of these together.
@@ -74,6 +82,7 @@ def find_inputs(paths: Sequence[Path]) -> Inputs:
         if path.is_dir():
             known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
             inside = [file for file in visible_files(path) if file.suffix.lower() in known]
+            inside = [file for file in inside if not _is_result(file, out_dir)]
             if not inside:
                 problems.append(f"{path}: a folder must hold pictures or videos ({', '.join(sorted(known))}), has none")
             found += inside
@@ -83,6 +92,7 @@ def find_inputs(paths: Sequence[Path]) -> Inputs:
             problems.append(f"{path}: no such file or folder")
     if problems:
         raise DataError("pictures", problems)
+    found = list({path.resolve(): path for path in reversed(found)}.values())[::-1]
     videos = [path for path in found if path.suffix.lower() in VIDEO_SUFFIXES]
     return Inputs([path for path in found if path not in videos], videos)
 
@@ -122,15 +132,16 @@ def predict_images(
     """
     framing = framing or Framing()
     device = torch.device(device)
-    _check_images(image_paths, framing)
+    if problems := _image_problems(image_paths, framing):
+        raise DataError("pictures", problems)
     out_dir.mkdir(parents=True, exist_ok=True)
     predictions = []
     with evaluating(model, device):
         for done, path in enumerate(image_paths, start=1):
             image = read_image(path)
             found = label_image(model, image, framing=framing, device=device, precision=precision)
-            labels_path = out_dir / f"{path.stem}_labels.png" if labels else None
-            overlay_path = out_dir / f"{path.stem}_overlay.png" if overlay else None
+            labels_path = out_dir / f"{path.stem}{_LABELS}" if labels else None
+            overlay_path = out_dir / f"{path.stem}{_OVERLAY}" if overlay else None
             if labels_path:
                 save_png(label_png(found, classes), labels_path)
             if overlay_path:
@@ -171,7 +182,7 @@ def predict_video(
     framing = framing or Framing()
     device = torch.device(device)
     frames = out_dir / path.stem if labels else None
-    overlay_path = out_dir / f"{path.stem}_overlay.mp4" if overlay else None
+    overlay_path = out_dir / f"{path.stem}{_VIDEO_OVERLAY}" if overlay else None
     done = 0
     with ExitStack() as opened:
         video = opened.enter_context(open_video(path))
@@ -184,7 +195,7 @@ def predict_video(
         for number, image in video.pictures(every):
             found = label_image(model, image, framing=framing, device=device, precision=precision)
             if frames:
-                save_png(label_png(found, classes), frames / f"{number:06d}_labels.png")
+                save_png(label_png(found, classes), frames / f"{number:06d}{_LABELS}")
             if writer:
                 writer.add(np.asarray(overlay_png(image, found, classes)))
             done += 1
@@ -193,17 +204,43 @@ def predict_video(
     return VideoPrediction(path, done, frames, overlay_path)
 
 
-def check_videos(paths: Sequence[Path], framing: Framing) -> None:
-    """Do nothing where all videos can be opened and their results will not overwrite each other.
+def check_inputs(inputs: Inputs, framing: Framing) -> None:
+    """Do nothing where all pictures and videos can be opened and their results will not overwrite each other.
 
     Raises:
         InputError: there are videos, and PyAV is not installed.
-        DataError: with every problem of every video.
+        DataError: with every problem that shows in names and headers.
     """
+    if inputs.videos:
+        require_pyav()
+    if problems := [*_image_problems(inputs.images, framing), *_video_problems(inputs.videos, framing)]:
+        raise DataError("pictures and videos", problems)
+
+
+def _is_result(file: Path, out_dir: Path | None) -> bool:
+    """Whether an earlier run may have written a file."""
+    named_so = file.name.endswith((_LABELS, _OVERLAY, _VIDEO_OVERLAY))
+    return named_so and out_dir is not None and file.resolve().is_relative_to(out_dir.resolve())
+
+
+def _image_problems(paths: Sequence[Path], framing: Framing) -> list[str]:
     problems = []
     names: dict[str, Path] = {}
-    if paths:
-        require_pyav()
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                framing.region_in((image.height, image.width))
+                if image.mode.startswith(("I", "F")):
+                    problems.append(f"{path}: must have 8 bits a channel, has more (Pillow's mode {image.mode})")
+        except (OSError, ValueError, InputError, Image.DecompressionBombError) as error:
+            problems.append(f"{path}: {_reason(error)}")
+        problems += _clash(names, path)
+    return problems
+
+
+def _video_problems(paths: Sequence[Path], framing: Framing) -> list[str]:
+    problems = []
+    names: dict[str, Path] = {}
     for path in paths:
         try:
             with open_video(path) as video:
@@ -213,23 +250,7 @@ def check_videos(paths: Sequence[Path], framing: Framing) -> None:
         except InputError as error:
             problems.append(f"{path}: {error}")
         problems += _clash(names, path)
-    if problems:
-        raise DataError("videos", problems)
-
-
-def _check_images(paths: Sequence[Path], framing: Framing) -> None:
-    """Raise one DataError with every problem that shows in names and headers."""
-    problems = []
-    names: dict[str, Path] = {}
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                framing.region_in((image.height, image.width))
-        except (OSError, ValueError, InputError, Image.DecompressionBombError) as error:
-            problems.append(f"{path}: {_reason(error)}")
-        problems += _clash(names, path)
-    if problems:
-        raise DataError("pictures", problems)
+    return problems
 
 
 def _clash(names: dict[str, Path], path: Path) -> list[str]:

@@ -7,7 +7,7 @@ Post-training quantization in the usual way (Jacob et al., arXiv:1712.05877), wi
 - What a convolution makes is written as codes at once, rectified by saturation. A dense block's features stay codes, so
   concatenating and clamping them moves a quarter of the bytes.
 - Before a padded convolution offsets are 0, as they are behind a ReLU: zeros are padded, and must mean zero.
-- A clamp's limits fall between two codes. What the channel is off by where it is cut off goes into the bias.
+- Codes reach only as far as some reader looks: what all clamps behind a channel cut off needs no code of its own.
 
 Weights have 8 bits and a scale for each output channel. Ranges are those seen on sample images. The first convolution,
 which reads the images, and everything that is no convolution stay in float32.
@@ -65,12 +65,10 @@ def quantize(module: GraphModule, samples: Iterable[Tensor]) -> GraphModule:
 
 
 class _Seen(NamedTuple):
-    """Of the channels of a map, over all samples; each (C,) in float64."""
+    """The smallest and the largest number of each channel of a map, over all samples; (C,) in float64."""
 
     low: Tensor
     high: Tensor
-    cut: Tensor
-    """Share of the pixels that lie at a limit; of clamps only, else zeros."""
 
 
 class _Observer(Interpreter):
@@ -83,17 +81,10 @@ class _Observer(Interpreter):
     def run_node(self, n: Node) -> Any:
         found = super().run_node(n)
         if n.op == "call_function" and isinstance(found, Tensor) and found.dim() == 4:
-            low, high = torch.aminmax(found.transpose(0, 1).flatten(1), dim=1)
-            cut = torch.zeros_like(low)
-            if n.target is CLAMP:
-                limits = [constant(cast(GraphModule, self.module), limit) for limit in n.args[1:3]]
-                at_limit = (found == limits[0]) | (found == limits[1])
-                cut = at_limit.to(found.dtype).mean((0, 2, 3))
-            now = _Seen(low.double(), high.double(), cut.double())
+            low, high = (limit.double() for limit in torch.aminmax(found.transpose(0, 1).flatten(1), dim=1))
             if n in self.seen:
-                old = self.seen[n]
-                now = _Seen(old.low.minimum(now.low), old.high.maximum(now.high), (old.cut + now.cut) / 2)
-            self.seen[n] = now
+                low, high = low.minimum(self.seen[n].low), high.maximum(self.seen[n].high)
+            self.seen[n] = _Seen(low, high)
         return found
 
 
@@ -111,7 +102,7 @@ def _needed_ranges(module: GraphModule, seen: dict[Node, _Seen]) -> dict[Node, _
     needed: dict[Node, _Range] = {}
     for node in reversed(module.graph.nodes):
         if node in seen:
-            low, high, _ = seen[node]
+            low, high = seen[node]
             reads = [_needed_by(module, reader, node, needed, low, high) for reader in node.users]
             if reads:
                 low = low.maximum(torch.stack([read.low for read in reads]).amin(0)).minimum(high)
@@ -132,7 +123,8 @@ def _needed_by(
         at = sum(shape(part)[1] for part in parts[: parts.index(node)])
         own = slice(at, at + len(low))
         return _Range(needed[reader].low[own], needed[reader].high[own], needed[reader].padded)
-    return _Range(low, high, reader.target is CONV and geometry(reader)[1] != [0, 0])
+    padded = reader.target is CONV and geometry(reader)[1] != [0, 0]
+    return _Range(low, high, padded and bool((low >= 0).all()))
 
 
 def _limits(module: GraphModule, clamp: Node) -> tuple[Tensor, Tensor]:
@@ -149,8 +141,6 @@ class _Codes(NamedTuple):
     node: Node
     scale: Tensor
     offset: Tensor
-    bias: Tensor
-    """What to add to x, so that its mean is right."""
 
 
 class _Quantizer:
@@ -179,7 +169,7 @@ class _Quantizer:
             if reader.target is CONV:
                 if reader.args[0] is not node or not self.can_quantize(reader):
                     return False
-            elif reader.target not in (CAT, CLAMP, *RELUS) or not self.reads_codes(reader):
+            elif reader.target not in (CAT, CLAMP) or not self.reads_codes(reader):
                 return False
         return bool(node.users)
 
@@ -194,7 +184,7 @@ class _Quantizer:
             parts = [self.codes(part) for part in cast(list[Node], node.args[0])]
             with self.graph.inserting_before(node):
                 joined = self.graph.call_function(CAT, ([part.node for part in parts], 1))
-            return _Codes(joined, *(torch.cat(numbers) for numbers in list(zip(*parts, strict=True))[1:]))
+            return _Codes(joined, torch.cat([part.scale for part in parts]), torch.cat([part.offset for part in parts]))
         if node.target is CLAMP:
             return self.clamp_codes(node)
         return self.turn_into_codes(node)
@@ -211,10 +201,7 @@ class _Quantizer:
         nodes = [put_constant(self.module, limit.to(torch.uint8).view(1, -1, 1, 1), node) for limit in limits]
         with self.graph.inserting_before(node):
             clamped = self.graph.call_function(CLAMP, (x.node, *nodes))
-        wanted = torch.where(low.isfinite(), low, high)
-        code = torch.where(low.isfinite(), *limits)
-        missing = (wanted - x.scale * code - x.offset) * self.seen[node].cut
-        return _Codes(clamped, x.scale, x.offset, missing)
+        return _Codes(clamped, x.scale, x.offset)
 
     def turn_into_codes(self, node: Node) -> _Codes:
         scale, offset = self.scale_of(node)
@@ -229,18 +216,18 @@ class _Quantizer:
             scaled = self.graph.call_function(aten.addcmul.default, (numbers[0], x, numbers[1]))
             cut = self.graph.call_function(aten.clamp_.default, (scaled, 0, _LARGEST_CODE))
             codes = self.graph.call_function(aten.to.dtype, (cut, torch.uint8))
-        return _Codes(codes, scale, offset, torch.zeros_like(scale))
+        return _Codes(codes, scale, offset)
 
     def quantize_conv(self, conv: Node) -> None:
         x = self.codes(cast(Node, conv.args[0]))
-        weight, bias = (constant(self.module, cast(Node, part)) for part in (conv.args + (None,))[1:3])
+        weight, bias = (constant(self.module, cast(Node, part)) for part in (*conv.args, None)[1:3])
         assert weight is not None
         stride, padding, dilation, groups = geometry(conv)
         kernel = weight.double()
         relu = sole_reader(conv)
         rectified = relu is not None and relu.target in RELUS
         end = cast(Node, relu) if rectified else conv
-        total = kernel.sum((2, 3)) @ (x.offset + x.bias) + (0 if bias is None else bias.double())
+        total = kernel.sum((2, 3)) @ x.offset + (0 if bias is None else bias.double())
         kernel = kernel * x.scale.view(1, -1, 1, 1)
         step = (kernel.abs().amax((1, 2, 3)) / _LARGEST_WEIGHT).clamp(min=_SMALLEST)
         whole = (kernel / step.view(-1, 1, 1, 1)).round().clamp(-_LARGEST_WEIGHT, _LARGEST_WEIGHT).to(torch.int8)
@@ -264,7 +251,7 @@ class _Quantizer:
                 ),
             )  # fmt: skip
         if as_codes:
-            self.made[end] = self.made[conv] = _Codes(new, scale, offset, torch.zeros_like(scale))
+            self.made[end] = self.made[conv] = _Codes(new, scale, offset)
         else:
             new.meta["val"], self.seen[new], self.needed[new] = end.meta["val"], self.seen[end], self.needed[end]
             end.replace_all_uses_with(new)

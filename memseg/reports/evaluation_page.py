@@ -72,7 +72,7 @@ def save_evaluation_page(
         figures="".join(_figure(*figure) for figure in figures),
         classes=_table(classes),
         confusion=_data_uri(confusion_png, "png"),
-        worst="".join(_picture(picture) for picture in worst) or "<p>No picture has a score.</p>",
+        worst="".join(_picture(picture) for picture in worst) or "<p>None were asked for.</p>",
     )
     replace_file(path, page)
 

@@ -58,7 +58,8 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Put the lines on the disk: a checkpoint that relies on them, as the best one does, comes after."""
-        os.fsync(self._lines.fileno())
+        with self._named():
+            os.fsync(self._lines.fileno())
 
     def close(self) -> None:
         """Write out what TensorBoard still buffers, and close the files.

@@ -97,5 +97,22 @@ def test_folders_are_searched_for_pictures_and_videos(tmp_path):
     notes, drive = tmp_path / "notes.txt", tmp_path / "drive.MP4"
     assert find_inputs([tmp_path]) == Inputs([top, deep], [drive])
     assert find_inputs([drive, deep, notes]) == Inputs([deep, notes], [drive])
+    assert find_inputs([deep, tmp_path, tmp_path / "b" / ".." / "a.png"]) == Inputs([deep, top], [drive])
     with pytest.raises(DataError, match=r"2 problems\n.*absent: no such file or folder\n.*empty: .*has none"):
         find_inputs([tmp_path / "absent", tmp_path / "empty"])
+
+
+def test_what_an_earlier_run_left_is_not_labelled_again(tmp_path):
+    picture, other = (write_picture(tmp_path / name, (2, 2)) for name in ("a.png", "truth/a_labels.png"))
+    out = tmp_path / "out"
+    left = [write_picture(out / name, (2, 2)) for name in ("a_labels.png", "a_overlay.png", "drive/000000_labels.png")]
+    (out / "drive_overlay.mp4").write_text("")
+    assert find_inputs([tmp_path], out) == Inputs([picture, other], [])
+    assert find_inputs([left[0]], out) == Inputs([left[0]], [])
+
+
+def test_a_picture_of_more_than_8_bits_is_refused(model, tmp_path):
+    # Pillow would make white of all but the darkest 255 of its 65536 values.
+    Image.fromarray(np.full((64, 64), 30_000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match=r"deep\.png: must have 8 bits a channel, has more \(Pillow's mode I;16\)"):
+        predict_images(model, [tmp_path / "deep.png"], tmp_path / "out", CLASSES)

@@ -11,7 +11,7 @@ from PIL import Image
 from memseg.data import ClassList
 from memseg.errors import DataError, InputError
 from memseg.inference.labelling import Framing, label_image
-from memseg.inference.predict import check_videos, predict_video
+from memseg.inference.predict import Inputs, check_inputs, predict_video
 from memseg.inference.video import VideoWriter, open_video
 from memseg.models import build_model
 
@@ -116,22 +116,25 @@ def test_a_video_broken_in_the_middle_keeps_what_was_written_and_says_so_in_one_
     assert len(read(tmp_path / "out" / f"{path.stem}_overlay.mp4")) == len(labels)
 
 
-def test_what_is_no_video_and_what_would_overwrite_is_told_before_anything_is_written(tmp_path):
+def test_what_is_no_picture_or_video_and_what_would_overwrite_is_told_at_once(tmp_path):
     (tmp_path / "other").mkdir()
+    (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "text.mp4").write_text("no video")
     good, twin = write_video(tmp_path / "one.mp4"), write_video(tmp_path / "other" / "one.avi")
+    videos = [good, twin, tmp_path / "text.mp4", tmp_path / "absent.mp4"]
     with pytest.raises(DataError) as caught:
-        check_videos([good, twin, tmp_path / "text.mp4", tmp_path / "absent.mp4"], Framing(region=(0, 64, 0, 90)))
-    clash, text, absent = caught.value.problems
+        check_inputs(Inputs([tmp_path / "text.png"], videos), Framing(region=(0, 64, 0, 90)))
+    picture, clash, text, absent = caught.value.problems
+    assert picture.startswith(f"{tmp_path / 'text.png'}: must be a picture that Pillow can read")
     assert clash.startswith(f"{twin}: its results would overwrite those of {good}")
     assert text.startswith(f"{tmp_path / 'text.mp4'}: must be a video that FFmpeg can read")
     assert "No such file" in absent
     with pytest.raises(DataError, match="must reach row 65"):
-        check_videos([good], Framing(region=(0, 65, 0, 96)))
+        check_inputs(Inputs([], [good]), Framing(region=(0, 65, 0, 96)))
 
 
 def test_without_pyav_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(InputError, match=r'videos need PyAV.*pip install "memseg\[video\]"'):
-        check_videos([tmp_path / "drive.mp4"], Framing())
-    check_videos([], Framing())
+        check_inputs(Inputs([], [tmp_path / "drive.mp4"]), Framing())
+    check_inputs(Inputs([], []), Framing())
