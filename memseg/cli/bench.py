@@ -10,7 +10,7 @@ from memseg.units import format_image, parse_image
 if TYPE_CHECKING:
     from memseg.inference.infer_bench import InferRow
 
-_SAMPLES = 6
+_SAMPLES = 12
 """Pictures besides those that are timed, on which 8-bit ranges are seen."""
 
 
@@ -40,9 +40,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--tolerance",
         type=float,
-        default=0.01,
+        default=0.02,
         metavar="SHARE",
-        help="of pixels whose class may change in fewer bits than float32 (default: 0.01)",
+        help="of pixels whose class may change in fewer bits than float32 (default: 0.02)",
     )
     parser.add_argument("--checkpoint", default="last", metavar="WHICH", help="of a run (default: last)")
     parser.add_argument(

@@ -153,7 +153,6 @@ def _train(folder: Path, plan: Plan, recipe: Recipe, card: CardPlan, device: tor
     with ExitStack() as stack:
         watch = stack.enter_context(PeakWatch(device, store, dist.get_rank()))
         model = _model(plan, recipe, grid, fresh=not checkpoint_folders(folder))
-        model.to(device)
         encoder = model.encoder
         runner = _runner(model, plan, card, recipe, read_class_weights(folder, recipe), grid, device)
         del model
@@ -245,7 +244,7 @@ def _runner(
         device=device,
     )
     if not plan.strategy.splits:
-        return WholeRunner(model, loss, grid=grid, accumulation=plan.accumulation, precision=plan.precision)
+        return WholeRunner(model.to(device), loss, grid=grid, accumulation=plan.accumulation, precision=plan.precision)
     return PipelineRunner(
         model,
         [[name for name in stage if name != LOSS] for stage in plan.stages],

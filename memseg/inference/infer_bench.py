@@ -30,7 +30,7 @@ EXACT_DIFFERENCE = 1e-3
 """Of ways in float32: the largest difference of a logit, over the largest logit."""
 EXACT_CHANGED = 1e-3
 """Of ways in float32: share of the pixels whose class may change; those where two classes are as good as equal."""
-REDUCED_CHANGED = 0.01
+REDUCED_CHANGED = 0.02
 """Of ways in fewer bits: share of the pixels whose class may change."""
 _WARM_UPS = 2
 

@@ -201,7 +201,11 @@ class _Quantizer:
         nodes = [put_constant(self.module, limit.to(torch.uint8).view(1, -1, 1, 1), node) for limit in limits]
         with self.graph.inserting_before(node):
             clamped = self.graph.call_function(CLAMP, (x.node, *nodes))
-        return _Codes(clamped, x.scale, x.offset)
+        # What is cut off everywhere is a constant, which no code may stand for.
+        top = x.offset + _LARGEST_CODE * x.scale
+        constant_low, constant_high = low >= top, high <= x.offset
+        offset = torch.where(constant_low, low, torch.where(constant_high, high, x.offset))
+        return _Codes(clamped, x.scale.masked_fill(constant_low | constant_high, 0), offset)
 
     def turn_into_codes(self, node: Node) -> _Codes:
         scale, offset = self.scale_of(node)

@@ -35,6 +35,17 @@ def gradients_like(weight: Tensor, wants_sums: bool) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(weight, dtype=wide), weight.new_zeros(2, weight.shape[1] if wants_sums else 0, dtype=wide)
 
 
+def add_square(total: Tensor, x: Tensor) -> None:
+    """total (C, C) += x.T @ x, in the total's dtype; x may be overwritten."""
+    if total.dtype == x.dtype:
+        total.addmm_(x.t(), x)
+    else:
+        # No loss scaling sees to it that such sums fit float16, so x is made about 1 / sqrt(M) of itself: exactly.
+        share = 0.5 ** (x.shape[0].bit_length() // 2)
+        x.mul_(share)
+        total.add_(torch.mm(x.t(), x), alpha=share**-2)
+
+
 class Scratch:
     """A band's normalised map, and what is centred where sums are wanted, in memory that serves band after band."""
 

@@ -24,7 +24,7 @@ from memseg.nn.autograd import wide_dtype
 from memseg.nn.banded import banded
 from memseg.nn.layout import tile_rows, tiles
 from memseg.nn.norm_relu import NormGradients, NormRelu
-from memseg.nn.products import Scratch, add_product, product
+from memseg.nn.products import Scratch, add_product, add_square, product
 
 
 class ProjectionGradients(NamedTuple):
@@ -113,7 +113,7 @@ def project_moments(
         add_product(cross, grad[tile], part)
         if wants_own:
             total += part.sum(0, dtype=total.dtype)
-            add_product(square, part, part)
+            add_square(square, part)
     return centre, cross, total, square
 
 

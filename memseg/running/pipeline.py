@@ -39,7 +39,8 @@ class PipelineRunner:
     """One stage of a split model; every process of the grid makes its own.
 
     Args:
-        model: The whole model, its parameters here or on the meta device; this process uses its own segments' only.
+        model: The whole model, its parameters on the CPU or the meta device. Of this process's own segments they are
+            moved to its device.
         stages: Names of the segments of each stage, in order.
         loss: Of the step that all replicas make together.
         grid: The place of this process.
@@ -65,7 +66,8 @@ class PipelineRunner:
     ) -> None:
         self._stages, self._grid, self._device = stages, grid, device
         self._loss, self._accumulation = loss, accumulation
-        self.module: Stage = model.stage(stages[grid.stage])
+        # The other segments stay where they are: a card has room for its own.
+        self.module: Stage = model.stage(stages[grid.stage]).to(device)
         self.output_stride, self.num_classes = model.output_stride, model.num_classes
         self.reads_images, self.reads_target = grid.is_first, grid.is_last
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)

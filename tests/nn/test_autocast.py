@@ -15,6 +15,7 @@ from twins import MODULES, build, gradients
 from memseg.levels import NormMode, Recompute
 from memseg.nn import BatchNorm2d, DenseBlock, NormReluConv, layout
 from memseg.nn.layout import channels_last
+from memseg.nn.projected_norm import project_moments
 
 REBUILDING = [(name, level) for name in MODULES for level in build(name)[1].levels if level is not Recompute.NONE]
 """Each module's own levels: the others do as one of these."""
@@ -318,3 +319,14 @@ def test_a_gradient_scaler_trains_in_float16_and_leaves_out_steps_that_overflow(
     assert sum(taken) >= 8
     assert losses[-1] < losses[0] / 2
     assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_sums_of_squares_need_not_fit_float16():
+    # They are of activations, which no loss scaling makes smaller: every step in float16 had infinite gradients.
+    torch.manual_seed(0)
+    x, grad = (4 * torch.randn(20_000, 3)).half(), torch.randn(20_000, 2).half()
+    centre, _, _, square = project_moments(grad, x, [], True)
+    centred = x.double() - centre
+    exact = centred.T @ centred
+    assert exact.max() > torch.finfo(torch.float16).max
+    torch.testing.assert_close(square.double(), exact, rtol=0, atol=2e-3 * float(exact.max()))
