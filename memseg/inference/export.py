@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from memseg import __version__
+import memseg
 from memseg.data import ClassList
 from memseg.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from memseg.errors import InputError
@@ -77,7 +77,7 @@ def metadata_of(
 ) -> dict[str, str]:
     """What a user of the file has to know, as ONNX keeps it: text by name, lists as JSON."""
     known = {
-        "memseg_version": __version__,
+        "memseg_version": memseg.__version__,
         "model": model.name,
         "image": format_image(size),
         "dynamic": json.dumps(dynamic),
@@ -115,7 +115,7 @@ def export_network(
         size: (height, width) of the images.
         batch: Images at a time.
         labels: Whether it makes class maps, uint8 (int64 for more than 256 classes), instead of logits.
-        dynamic: Whether batch, height and width are free; sides stay multiples of the output stride.
+        dynamic: Whether batch, height and width are free; sides stay multiples of the output stride, twice it or more.
         classes: Of the network, for the metadata.
         pictures: Batches (batch, 3, *size) that the answers are compared on, besides random ones.
         progress: Told what is being done.
@@ -166,16 +166,20 @@ def _example(model: SegmentedModel, images: Tensor, dynamic: bool) -> tuple[Tens
     """Images to record with, and which of their sizes are free."""
     if not dynamic:
         return images, None
-    # A size of 1 would be taken as fixed.
+    # A batch of 1, or a coarsest map of one row, would be taken as fixed.
     stride = model.output_stride
-    height, width = (max(2 * stride, side) for side in images.shape[2:])
+    if min(images.shape[2:]) < 2 * stride:
+        raise InputError(
+            f"with free sizes each side must be at least {2 * stride}, twice the output stride of {model.name}, "
+            f"got {format_image((images.shape[2], images.shape[3]))}"
+        )
     free = {
         0: torch.export.Dim("batch"),
-        2: stride * torch.export.Dim("rows"),
-        3: stride * torch.export.Dim("columns"),
+        2: stride * torch.export.Dim("rows", min=2),
+        3: stride * torch.export.Dim("columns", min=2),
     }
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(max(2, len(images)), 3, height, width, generator=generator), {"images": free}
+    return torch.randn(max(2, len(images)), *images.shape[1:], generator=generator), {"images": free}
 
 
 def _program(

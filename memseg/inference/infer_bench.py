@@ -78,7 +78,6 @@ def _in_8_bits(subject: Subject) -> Run:
 def _compiled(graph: GraphModule, images: Tensor, *, freezing: bool) -> Run:
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()
     compiled: Run = torch.compile(graph)
     with inductor.patch(freezing=freezing):
         compiled(images)

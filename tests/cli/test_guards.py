@@ -41,7 +41,7 @@ def test_a_folder_that_is_being_trained_in_is_left_alone(begun, capsys):
 def test_a_run_does_not_become_another_network(begun, capsys, override):
     described = (begun / "recipe.json").read_text()
     found = refusal(capsys, "train", "--resume", begun, "--set", override, "--cards", "cpu:2GiB")
-    assert "the model and the precision it began with" in found
+    assert "the model, the precision and the optimizer it began with" in found
     assert (begun / "recipe.json").read_text() == described
 
 

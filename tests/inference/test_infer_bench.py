@@ -15,7 +15,7 @@ def model():
 
 
 def test_every_way_without_a_compiler_answers_as_eager(model):
-    images = torch.randn(3, 3, 64, 128).split(1)
+    images = torch.split(torch.randn(3, 3, 64, 128), 1)
     names = ["memseg", "channels-last", "folded", "folded+channels-last", "bf16", "int8"]
     rows = bench_inference(model, images[0], images[1:], configs=names, rounds=2, reduced_tolerance=0.2)
     assert [row.name for row in rows] == ["eager", *names]
