@@ -6,6 +6,7 @@ It reads the run folder, takes the card of its rank, and trains. What goes wrong
     python -m memseg.cli.worker FOLDER DIGEST     DIGEST of the recipe and plan that its machine was started with
 """
 
+import gc
 import json
 import os
 import sys
@@ -156,6 +157,8 @@ def _train(folder: Path, plan: Plan, recipe: Recipe, card: CardPlan, device: tor
         encoder = model.encoder
         runner = _runner(model, plan, card, recipe, read_class_weights(folder, recipe), grid, device)
         del model
+        # Networks of others lie in cycles of references, and what other cards run of them would stay for a while.
+        gc.collect()
         optimizer = make_optimizer(recipe, runner.module, encoder)
         # One replica scores; the others have the same weights.
         scores = recipe.train.evaluate_every and grid.replica == 0
