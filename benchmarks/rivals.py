@@ -5,8 +5,8 @@ processes of its own:
 
     ladder-densenet121-plain                the paper's network as torch alone would train it
     ladder-densenet121, ladder-resnet50     as memseg does: level `units`, and the loss by bands
-    smp-unet-densenet121,                   segmentation_models_pytorch, as its users run it: cross-entropy at full size
-    smp-deeplabv3plus-resnet50
+    smp-unet-densenet121,                   segmentation_models_pytorch (pip install ".[rivals]"), as its users run it:
+    smp-deeplabv3plus-resnet50              cross-entropy at full size
     torchvision-deeplabv3-resnet50          likewise; its auxiliary head is trained too, as its references do
 
     peak        the allocator's, over the first two steps, parameters and optimizer state included
