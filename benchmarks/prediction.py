@@ -40,10 +40,11 @@ import torch
 from benchmarks import prediction_cases
 from benchmarks.prediction_cases import CASES, Case
 from benchmarks.published import predicted_peaks, read_runs
-from benchmarks.result import count, machine, progress, tell, versions
+from benchmarks.result import count, progress, tell
 from memseg.errors import InputError, MemsegError
 from memseg.files import replace_file
 from memseg.profiling import measure_job, trace_job
+from memseg.profiling.machine import machine, versions
 from memseg.running.launch import end_with_parent
 
 MOST_MEDIAN, MOST_WORST = 0.01, 0.03

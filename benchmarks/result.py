@@ -2,33 +2,13 @@
 
 import argparse
 import json
-import os
-import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
-import torch
-import torchvision
+from memseg.profiling.machine import machine, versions
 
 Row = Mapping[str, str | int | float]
-
-
-def machine() -> dict[str, str | int]:
-    """What the figures depend on, but for the software."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.release()}",
-    }
-
-
-def versions() -> dict[str, str]:
-    """The software that the figures depend on."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
 
 
 def tell(rows: Sequence[Row], *, as_json: bool) -> None:
@@ -48,14 +28,6 @@ def _cell(value: str | int | float) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.3f}" if isinstance(value, float) else value
-
-
-def _processor() -> str:
-    """The CPU's name where the system tells it, else its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def count(text: str) -> int:

@@ -43,10 +43,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import training_alternatives
-from benchmarks.result import count, machine, progress, tell, versions
+from benchmarks.result import count, progress, tell
 from benchmarks.training_alternatives import DEFAULT, EXTRACTORS, VARIANTS, Task, Variant, Work, check_task
 from memseg.errors import MemsegError, UnknownNameError
 from memseg.models import model_names
+from memseg.profiling.machine import machine, versions
 from memseg.profiling.measure import watch_allocator
 from memseg.running import end_with_parent, is_out_of_memory, lift_memory_limit, limit_memory
 from memseg.running.launch import environment as environment_of_runs

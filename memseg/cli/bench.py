@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from memseg.cli.device import choose_device
     from memseg.inference.infer_bench import CONFIGS, bench_inference, check_configs
     from memseg.inference.networks import load_network, sample_pictures
+    from memseg.profiling.machine import machine, versions
 
     device = choose_device(args.device)
     names = check_configs(args.configs.split(",") if args.configs else list(CONFIGS))
@@ -102,8 +103,8 @@ def run(args: argparse.Namespace) -> int:
                 "batch": args.batch,
                 "pictures": source,
                 "output": "logits",
-                "machine": _machine(device),
-                "versions": _versions(),
+                "machine": machine(device),
+                "versions": versions(),
                 "rows": [_row(row, args.batch) for row in rows],
             }
         )
@@ -132,11 +133,13 @@ def _row(row: "InferRow", batch: int) -> dict[str, Any]:
 
 
 def _print_rows(rows: "list[InferRow]", args: argparse.Namespace, source: str, device: Any, *, trained: bool) -> None:
-    machine = ", ".join(f"{key} {value}" for key, value in {**_machine(device), **_versions()}.items())
+    from memseg.profiling.machine import machine, versions
+
+    measured_on = ", ".join(f"{key} {value}" for key, value in {**machine(device), **versions()}.items())
     weights = "its trained weights" if trained else "random weights"
     print(
         f"{args.network}, {weights}, {source}, images to full-size logits, {args.image}, batch {args.batch}\n"
-        f"{machine}\n"
+        f"{measured_on}\n"
     )
     table = [("configuration", "images/s", "median", "range", "speed-up", "max difference", "changed", "answers")]
     for row in rows:
@@ -161,35 +164,3 @@ def _print_rows(rows: "list[InferRow]", args: argparse.Namespace, source: str, d
     print(f"\nbest within tolerance: {best.name}, {best.speedup:.2f} times eager")
     if not trained and any(row.error is None and not row.within_tolerance for row in rows):
         print("random weights magnify rounding as trained ones do not: judge fewer bits on a run")
-
-
-def _machine(device: Any) -> dict[str, str | int]:
-    """What the figures depend on, but for the software."""
-    import os
-    import platform
-    from pathlib import Path
-
-    import torch
-
-    if device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(device)}
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "device": names[0] if names else platform.machine(),
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    """The software that the figures depend on."""
-    import platform
-
-    import torch
-
-    from memseg import __version__
-
-    return {"memseg": __version__, "python": platform.python_version(), "torch": torch.__version__}

@@ -1,14 +1,14 @@
 """A network by its name or its run, and pictures like those it will see: what measuring and exporting begin with."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from memseg.data import ClassList, SegmentationDataset, to_tensor
+from memseg.data.prepare import resize_image
 from memseg.data.streets import Streets
 from memseg.errors import DataError, InputError
 from memseg.inference.labelling import Framing
@@ -58,11 +58,9 @@ def sample_pictures(network: Network, size: tuple[int, int], count: int) -> tupl
     there is no run, or its data set is not on this machine, they are generated streets.
     """
     if network.data is not None and network.data.dataset != "streets":
-        try:
+        with suppress(DataError, InputError):
             dataset = network.data.open_val()
             return _read(dataset, Framing.of(network.data), size, count), f"{dataset.name} {network.data.val_split}"
-        except (DataError, InputError):
-            pass
     return _read(Streets("val", size=size), Framing(), size, count), "generated streets"
 
 
@@ -71,6 +69,5 @@ def _read(dataset: SegmentationDataset, framing: Framing, size: tuple[int, int],
     for index in range(count):
         picture = dataset.image(index % len(dataset))
         top, bottom, left, right = framing.region_in((picture.shape[0], picture.shape[1]))
-        resized = Image.fromarray(picture[top:bottom, left:right]).resize(size[::-1], Image.Resampling.BILINEAR)
-        found.append(to_tensor(np.asarray(resized)))
+        found.append(to_tensor(resize_image(picture[top:bottom, left:right], size)))
     return torch.stack(found)

@@ -10,6 +10,7 @@ PyAV is an extra of its own: only videos need it.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, cast
@@ -113,11 +114,8 @@ def require_pyav() -> None:
     Raises:
         InputError: it is not.
     """
-    try:
-        import av  # noqa: F401
-    except ImportError:
-        message = 'videos need PyAV, which is not installed; install it with: pip install "memseg[video]"'
-        raise InputError(message) from None
+    if find_spec("av") is None:
+        raise InputError('videos need PyAV, which is not installed; install it with: pip install "memseg[video]"')
 
 
 class VideoWriter:

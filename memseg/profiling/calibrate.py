@@ -38,6 +38,7 @@ from torch import Tensor, distributed
 from torch.nn import functional as F
 
 from memseg.errors import RunFailedError
+from memseg.profiling.machine import processor_name
 from memseg.units import format_bytes
 
 DISTURBED = 1.5
@@ -354,12 +355,7 @@ def _memory_reader(device: torch.device) -> str:
 def _processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        lines = information.read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name} ({platform.machine()}), {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return f"{processor_name()} ({platform.machine()}), {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
