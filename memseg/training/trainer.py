@@ -287,12 +287,20 @@ class Trainer:
         every = self._recipe.train.evaluate_every
         if not every or not (step % (every * self._steps_per_epoch) == 0 or step == self.total_steps):
             return
-        score = Score(0.0, 0.0)
+        score, problem = Score(0.0, 0.0), None
         if self._hooks.evaluate:
             self._runner.module.eval()
-            score = self._hooks.evaluate()
+            try:
+                score = self._hooks.evaluate()
+            except MemsegError as error:
+                problem = str(error)
         # The patience of the whole group is the longest; those that have nothing to score wait here.
-        dist.barrier()
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        if found := next(filter(None, problems), None):
+            # A picture that cannot be scored must not cost the steps that were learnt.
+            self._save(step)
+            raise MemsegError(found)
         (miou,) = self._told([score.miou if self._reports else 0.0])
         self.standing = self.standing.after(step, miou)
         if log:

@@ -1,6 +1,7 @@
 """memseg train from outside: what it prints, what it leaves, and what it refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -162,3 +163,25 @@ def test_a_torn_image_is_named_although_another_process_decoded_it(tmp_path):
     assert told[0] == f"{torn}: 1 problem"
     assert told[1].startswith("  cannot be decoded (")
     assert len(told) == 2
+
+
+def test_a_torn_validation_image_is_named_and_costs_no_step(tmp_path):
+    root, run = folder_data(tmp_path / "data"), tmp_path / "run"
+    for kind in ("images", "labels"):
+        shutil.copytree(root / kind / "train", root / kind / "val")
+    torn = root / "images" / "val" / "0.jpg"
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[: len(whole) // 2])
+    plan = hand_written_plan(tmp_path / "plan.json", 1, num_classes=2, precision="float32")
+    scored = ["--set", "train.evaluate_every=1", "--set", "train.checkpoint_every=1000", "--set", "schedule.epochs=2"]
+    done = memseg("train", *on_folder(root), *scored, "--plan", plan, "--out", run)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert f"memseg train: {torn}: 1 problem" in done.stderr
+    (checkpoint,) = (run / "checkpoints").iterdir()
+
+    torn.write_bytes(whole)
+    done = memseg("train", "--resume", run, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["best"]["step"] == json.loads(done.stdout)["steps"]
+    assert json.loads(done.stdout)["steps"] == 2 * int(checkpoint.name.removeprefix("step-"))
