@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from processes import environment
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import environment, python
 
 from memseg.units import parse_bytes
+from processes import environment, python
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--model", "ladder-densenet-mini", "--image", "64x128", "--steps", "5", "--warmup", "1")

@@ -5,10 +5,10 @@ import json
 
 import pytest
 from PIL import Image
-from runs import untrained_run
 
 from memseg.cli.main import main
 from memseg.data.streets import STREETS_CLASSES
+from runs import untrained_run
 
 DATA = {"dataset": "streets", "image": "64x128", "streets": {"length": 4, "val_length": 3}}
 

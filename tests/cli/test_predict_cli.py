@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from PIL import Image
-from runs import untrained_run
 
 from memseg.cli.main import main
 from memseg.data.streets import STREETS_CLASSES
+from runs import untrained_run
 
 
 @pytest.fixture(scope="module")

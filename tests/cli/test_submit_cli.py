@@ -6,13 +6,13 @@ import zipfile
 
 import numpy as np
 import pytest
-from official import made_frame, official_scores
 from PIL import Image
-from runs import untrained_run
 
 from memseg.cli.main import main
 from memseg.data.cityscapes import CITYSCAPES_CLASSES, LABEL_IDS
 from memseg.data.voc import VOC_CLASSES
+from official import made_frame, official_scores
+from runs import untrained_run
 
 KEYS = [f"somewhere_000000_00000{number}" for number in range(3)]
 

@@ -6,11 +6,11 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from processes import hand_written_plan, memseg, streets
 
 from memseg.cli.main import main
 from memseg.planning import load_plan
 from memseg.training.log import read_metrics
+from processes import hand_written_plan, memseg, streets
 
 
 def folder_data(root, images=4):

@@ -10,7 +10,6 @@ import subprocess
 import time
 
 import pytest
-from processes import command, environment, hand_written_plan, streets
 from rich.console import Console
 
 from memseg.cli.dashboard import Dashboard
@@ -18,6 +17,7 @@ from memseg.planning import load_plan
 from memseg.training.recipe import load_recipe
 from memseg.training.standing import Standing
 from memseg.training.trainer import Score, StepReport
+from processes import command, environment, hand_written_plan, streets
 
 SHOWN, HIDDEN = "\x1b[?25h", "\x1b[?25l"
 

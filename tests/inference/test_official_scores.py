@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from official import made_frame, official_scores
 from PIL import Image
 from torch import nn
 
@@ -14,6 +13,7 @@ from memseg.data.cityscapes import LABEL_IDS
 from memseg.inference.evaluate import evaluate
 from memseg.inference.labelling import Framing
 from memseg.training.metrics import ConfusionMatrix
+from official import made_frame, official_scores
 
 exactly = partial(pytest.approx, rel=1e-12, abs=0)
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from processes import python
 from torch import nn
 
 from memseg.levels import Recompute
 from memseg.planning.costs import LevelCost, SegmentCost, Work
 from memseg.planning.outside import KERNEL_BYTES, SHARED_KERNELS, Outside, Process, outside_bytes
 from memseg.profiling.kernels.compiled import compiled_kernels
+from processes import python
 
 MIB = 2**20
 PROCESS = Process(threads=1, stack_bytes=8 * MIB, mmap_threshold_bytes=16 * MIB)

@@ -1,9 +1,9 @@
 """Runs that several files compare theirs with."""
 
 import pytest
-from processes import hand_written_plan, streets, train
 
 from memseg.levels import Recompute
+from processes import hand_written_plan, streets, train
 
 STEPS = 6
 

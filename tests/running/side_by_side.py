@@ -14,12 +14,11 @@ from pathlib import Path
 # Beside this folder, where pytest finds it and Python does not.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from processes import environment
-
 from memseg.cli.worker import ERROR_FILE
 from memseg.cli.worker import main as work
 from memseg.planning import load_plan
 from memseg.training.checkpoint import PLAN_FILE, write_run
+from processes import environment
 
 
 def prepare(folder, recipe, write_plan):

@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-from processes import largest_difference, memseg, streets, train
-
 from memseg.training.checkpoint import load_trained
+from processes import largest_difference, memseg, streets, train
 
 NETWORK = f"{Path(__file__).parents[1] / 'models' / 'networks.py'}:unet"
 

@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 import torch
-from processes import hand_written_plan, memseg, streets, train, weights
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.nn import functional as F
 
 from memseg.levels import Precision, Recompute
 from memseg.training.checkpoint import checkpoint_folders
 from memseg.training.log import read_metrics
+from processes import hand_written_plan, memseg, streets, train, weights
 
 STEPS = 4
 

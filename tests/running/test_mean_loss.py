@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from processes import CLASSES, IMAGE, MODEL
 
 from memseg.data import IGNORE_INDEX
 from memseg.levels import NormMode, Precision
 from memseg.models import build_model
 from memseg.models.objective import Objective
 from memseg.running import Batch, Grid, MeanLoss, WholeRunner
+from processes import CLASSES, IMAGE, MODEL
 
 CPU = torch.device("cpu")
 ALONE = ((0,),)

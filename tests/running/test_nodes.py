@@ -5,12 +5,12 @@ import socket
 import subprocess
 
 import pytest
-from processes import command, environment, hand_written_plan, largest_difference, memseg, streets
 from side_by_side import free_ports
 
 from memseg.cli.main import main
 from memseg.levels import Recompute
 from memseg.training.checkpoint import load_run
+from processes import command, environment, hand_written_plan, largest_difference, memseg, streets
 
 TWO = ["--nnodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1"]
 

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import command, environment, hand_written_plan, largest_difference, memseg, python, streets, train
 
 from memseg.levels import Recompute
 from memseg.training.checkpoint import checkpoint_folders, load_run
 from memseg.training.log import read_metrics
+from processes import command, environment, hand_written_plan, largest_difference, memseg, python, streets, train
 
 
 def running(folder):

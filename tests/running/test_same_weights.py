@@ -1,10 +1,9 @@
 """However a run is placed and whatever it rebuilds, it learns the same weights."""
 
-from processes import hand_written_plan, largest_difference, streets, train, weights
-
 from memseg.levels import NormMode, Recompute
 from memseg.models import build_model
 from memseg.training.checkpoint import load_run, load_trained
+from processes import hand_written_plan, largest_difference, streets, train, weights
 
 
 def test_training_changes_every_tensor_of_the_model(single_run):

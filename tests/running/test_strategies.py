@@ -7,12 +7,12 @@ unequal numbers of labelled pixels, and some have none.
 from dataclasses import dataclass
 
 import pytest
-from processes import IMAGE, SMALLEST_IMAGE, hand_written_plan, largest_difference, masked_recipe, write_masked_streets
 from side_by_side import carry_out, prepare
 
 from memseg.levels import NormMode, Recompute, Schedule
 from memseg.training.checkpoint import checkpoint_folders
 from memseg.training.log import read_metrics
+from processes import IMAGE, SMALLEST_IMAGE, hand_written_plan, largest_difference, masked_recipe, write_masked_streets
 
 STEPS = 4
 

@@ -6,7 +6,6 @@ All runs are small ones in float64 over the same few pictures, of which differen
 import json
 
 import pytest
-from processes import IMAGE, hand_written_plan, largest_difference, masked_recipe, weights, write_masked_streets
 from side_by_side import carry_out, prepare
 
 from memseg.cli.main import main
@@ -16,6 +15,7 @@ from memseg.planning import save_plan
 from memseg.training.checkpoint import BEST, RESULT_FILE, checkpoint_folders, load_trained
 from memseg.training.log import read_metrics
 from memseg.training.recipe import override_recipe
+from processes import IMAGE, hand_written_plan, largest_difference, masked_recipe, weights, write_masked_streets
 
 STEPS = 3
 CLIP_NORM = 0.5

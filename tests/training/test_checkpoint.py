@@ -5,7 +5,6 @@ import shutil
 import signal
 
 import pytest
-from processes import python
 
 from memseg.cli.main import main
 from memseg.errors import CheckpointError
@@ -19,6 +18,7 @@ from memseg.training.checkpoint import (
     load_trained,
     steps_of,
 )
+from processes import python
 
 _SAVES = """
 import resource, sys
