@@ -114,20 +114,23 @@ class NormRelu:
         return self.offset - self.statistics.mean * self.scale
 
     def gradients(self, sums: Tensor) -> NormGradients:
-        """From (2, C): this replica's sum(g) and sum(g * (x - mean)); not looked at where `needs_sums` is false."""
-        zero = torch.zeros_like(self.std_inverse)
+        """From (2, C): this replica's sum(g) and sum(g * (x - mean)); not looked at where `needs_sums` is false.
+
+        The sums become the gradients of bias and weight, in place: these live as long as the parameters' gradients.
+        """
+        constant = slope = zero = torch.zeros_like(self.std_inverse)
         if not self.needs_sums:
             return NormGradients(zero, zero, zero, zero)
-        weight, bias = sums[1] * self.std_inverse, sums[0]
-        if not self.uses_batch:
-            return NormGradients(weight, bias, zero, zero)
-        total = sums
-        if self.group is not None:
-            total = sums.clone()
-            distributed.all_reduce(total, group=self.group)
-        per_pixel = total / self.statistics.values
-        slope = -self.scale * self.std_inverse.square() * per_pixel[1]
-        return NormGradients(weight, bias, -self.scale * per_pixel[0] - slope * self.statistics.mean, slope)
+        if self.uses_batch:
+            total = sums
+            if self.group is not None:
+                total = sums.clone()
+                distributed.all_reduce(total, group=self.group)
+            per_pixel = total / self.statistics.values
+            slope = -self.scale * self.std_inverse.square() * per_pixel[1]
+            constant = -self.scale * per_pixel[0] - slope * self.statistics.mean
+        bias, weight = sums.unbind()
+        return NormGradients(weight.mul_(self.std_inverse), bias, constant, slope)
 
     def complete_(self, grad: Tensor, x: Tensor, gradients: NormGradients, channels: slice = slice(None)) -> None:
         """Turn the gradient at the masked map into that of x, in place.

@@ -182,7 +182,7 @@ class _UnitNode(torch.autograd.Function):
         norm: NormRelu = ctx.norm.over(norm_weight, norm_bias, mean, var)
         maps = [as_pixels(x) for x in inputs]
         fine, kernel = maps[-1], weight.to(inputs[-1].dtype)
-        grad_out = channels_last(grad_out)
+        grad_out = as_pixels(grad_out) if ctx.pointwise else channels_last(grad_out)
         grad_bias = pixels(grad_out).sum(0, dtype=mean.dtype) if ctx.has_bias else None
         grads = [empty_map(fine, x.shape[0], x.shape[1], joined_size(maps)) for x in maps]
         numbers = (norm.scale, norm.shift, mean)

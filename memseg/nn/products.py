@@ -14,9 +14,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     On CPUs with several threads as a 1x1 convolution over one row of pixels: oneDNN's is faster than the matrix product
     of the BLAS that torch comes with (`python -m benchmarks.bands`). With one thread, or in float64, torch does not
-    take oneDNN's.
+    take oneDNN's; and it would copy rows that do not follow each other.
     """
-    if device_type(x) != "cpu" or x.dtype == torch.float64 or torch.get_num_threads() == 1:
+    by_blas = x.dtype == torch.float64 or torch.get_num_threads() == 1 or not x.is_contiguous()
+    if device_type(x) != "cpu" or by_blas:
         return F.linear(x, weight, bias)
     return pixels(F.conv2d(images(x.reshape(1, -1, 1, x.shape[1])), channels_last(weight[:, :, None, None]), bias))
 

@@ -7,8 +7,13 @@ that segment alone allocates. What several segments share (the tensors that pass
 
     saved_bytes             kept from forward to backward inside the segment: neither what it reads nor its output
     forward_peak_bytes      above what was alive when its forward started; so with its output and what it saves
-    backward_peak_bytes     above its inputs, its saved bytes and its output's gradient; so with the gradients of its
+    backward_peak           above its inputs, its saved bytes and its output's gradient; so with the gradients of its
                             inputs and parameters, and with whatever it rebuilds
+    backward_peak_adding    the same where parameters have gradients already, so that fresh ones are added to these, one
+                            after the other, and let go of
+
+    shared_gradients        gradients of its inputs that keep more alive than themselves, or less than each for itself:
+                            those of a concatenation are views of one storage, those of a sum are the same tensor
 
 All sizes are bytes, all work is for the whole batch.
 """
@@ -71,6 +76,32 @@ class Work:
 
 
 @dataclass(frozen=True)
+class SharedGradient:
+    """A storage that gradients of what a segment reads lie in; it stays while any of them does."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    places: tuple[int, ...]
+    """Of those tensors, in `SegmentCost.reads`."""
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class BackwardPeak:
+    """The most that a backward takes, in bytes, by what becomes of the segment's output and of its gradient."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    freed: int
+    """Nobody else holds either."""
+    held: int
+    """The output has gone to another card and lives on, and the gradient of it came from there, in a buffer that is not
+    freed on the way."""
+    sent: int
+    """The output lives on likewise, but the gradient of it is made here, for it is read here too."""
+
+
+@dataclass(frozen=True)
 class LevelCost:
     """One segment at one recompute level."""
 
@@ -84,15 +115,13 @@ class LevelCost:
     saves_output: bool
     """Must the output live until this segment's backward?"""
     forward_peak_bytes: int
-    backward_peak_bytes: int
-    backward_peak_held_bytes: int
-    """The same where its output has gone to another card and lives on, and the gradient of it came from there, in a
-    buffer that is not freed on the way."""
-    backward_peak_sent_bytes: int
-    """The same where its output lives on, but the gradient of it is made here, for it is read here too."""
+    backward_peak: BackwardPeak
+    backward_peak_adding: BackwardPeak
     forward: Work
     backward: Work
     """Includes what is rebuilt."""
+    shared_gradients: tuple[SharedGradient, ...] = ()
+    """Storages of another size than the tensors whose gradients lie in them; each gradient lies in one at most."""
     compiled_kernels: int = 0
     """That a CPU compiles for its convolutions; memory that no allocator counts."""
 

@@ -16,7 +16,8 @@ What is alive, for a stage of segments i..j:
                     a segment that saves them waits for its backward, or, if they leave, until the end of all backward
     backward of s   what i..s saved; tensors that s or an earlier segment saves, or that leave; gradients of the
                     parameters of s+1..j; gradients of tensors, from the first backward of a reader to the end of the
-                    maker's backward, and of tensors that came from an earlier stage until all backward is over
+                    maker's backward, and of tensors that came from an earlier stage until all backward is over; the
+                    whole storage of those that are parts of one, until a second reader adds to them
     optimizer step  all parameter gradients
 
 What leaves a stage crosses as it lies in memory. On the last card of a split the pipeline holds the model's outputs
@@ -46,7 +47,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from memseg.levels import Recompute
-from memseg.planning.costs import IMAGES, TARGET, ModelCosts, SegmentCost, Work
+from memseg.planning.costs import IMAGES, TARGET, LevelCost, ModelCosts, SegmentCost, Work
 
 Pick = tuple[int, int]
 """A segment's position in the model, and a position in its `levels`."""
@@ -75,6 +76,7 @@ class Term:
     """Bytes that are alive at a moment, always or for certain choices."""
 
     size: int
+    """Below zero where other terms count the same bytes twice."""
     category: Category
     picks: frozenset[Pick] | None = None
     """Counts if any of these is chosen; None counts always."""
@@ -283,20 +285,13 @@ class Stage:
             for maker in (*self.entering, *self.costs.segments[self.first : position + 1])
             if maker.output_needs_grad and self._gradient_made(maker, position)
         ]
+        terms += self._around_gradients(position)
         lives_on = segment in self.leaving or self._is_output(segment)
         held = segment in self.leaving and segment.output_needs_grad and not self._local_readers(segment.name)
-        terms += [
-            Term(
-                level.backward_peak_held_bytes
-                if held
-                else level.backward_peak_sent_bytes
-                if lives_on
-                else level.backward_peak_bytes,
-                Category.TEMPORARY,
-                frozenset({(position, number)}),
-            )
-            for number, level in enumerate(segment.levels)
-        ]
+        for number, level in enumerate(segment.levels):
+            peaks = level.backward_peak_adding if made else level.backward_peak
+            size = peaks.held if held else peaks.sent if lives_on else peaks.freed
+            terms.append(Term(size, Category.TEMPORARY, frozenset({(position, number)})))
         return Moment("backward", segment.name, tuple(terms))
 
     def _gradient_made(self, maker: SegmentCost, position: int) -> bool:
@@ -305,6 +300,35 @@ class Stage:
         if not readers:
             return maker in self.entering
         return max(readers) > position
+
+    def _around_gradients(self, position: int) -> list[Term]:
+        """What storages that gradients lie in take beside these, when the backward of `position` begins.
+
+        A gradient that a second reader has added to, or that was copied for an earlier stage, lies in one of its own.
+        """
+        terms = []
+        for reader in range(position + 1, self.last + 1):
+            sizes = [self._around_gradients_of(reader, level, position) for level in self.costs.segments[reader].levels]
+            if any(sizes):
+                terms += [
+                    Term(size, Category.GRADIENT, frozenset({(reader, number)})) for number, size in enumerate(sizes)
+                ]
+        return terms
+
+    def _around_gradients_of(self, reader: int, level: LevelCost, position: int) -> int:
+        size = 0
+        for shared in level.shared_gradients:
+            names = [self.costs.segments[reader].reads[place] for place in shared.places]
+            makers = [maker for maker in range(self.first, position + 1) if self.costs.segments[maker].name in names]
+            alone = [maker for maker in makers if self._is_first_to_reach(reader, maker, position)]
+            if alone:
+                size += shared.size_bytes - sum(self.costs.segments[maker].output_bytes for maker in alone)
+        return size
+
+    def _is_first_to_reach(self, reader: int, maker: int, position: int) -> bool:
+        """Is the gradient of `maker` that of `reader` alone when the backward of `position` begins?"""
+        readers = self._local_readers(self.costs.segments[maker].name)
+        return [one for one in readers if one > position] == [reader]
 
     def _saved(self, positions: Iterable[int]) -> list[Term]:
         return [

@@ -11,8 +11,11 @@ order, at every level of each before the next, and hands on how outputs lie; bac
 hands on how gradients lie. So the network as a whole is never run.
 """
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +26,17 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from memseg.levels import NormMode, Precision, Recompute
 from memseg.models.segmented import IMAGES, SegmentedModel
 from memseg.nn.precision import computing
-from memseg.planning.costs import LOSS, TARGET, LevelCost, ModelCosts, SegmentCost, Work
+from memseg.planning.costs import LOSS, TARGET, BackwardPeak, LevelCost, ModelCosts, SegmentCost, SharedGradient, Work
 from memseg.profiling.imagined_group import imagine_replicas
 from memseg.profiling.jobs.job import OptimizerFactory, fused_adam
 from memseg.profiling.kernels.compiled import compiled_kernels
 from memseg.profiling.step import create_optimizer_state
-from memseg.profiling.timeline import Category, Phase, Timeline
+from memseg.profiling.timeline import Allocation, Category, Phase, Timeline
 from memseg.profiling.trace import StepTracer
+
+_COPIES_GRADIENT = "aten.new_empty_strided"
+"""What AccumulateGrad makes of a first gradient that lies otherwise than the parameter.
+Source: torch/csrc/autograd/utils/grad_layout_contract.h, torch 2.14.1."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,16 @@ class _Layout:
     @property
     def size_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """One that arrived at what a segment reads."""
+
+    stride: tuple[int, ...]
+    storage: int
+    """The instant at which the storage that it lies in was made."""
+    storage_bytes: int
 
 
 @dataclass
@@ -165,8 +182,8 @@ class _Segment:
             costs[level] = replace(cost, compiled_kernels=self._compiled_kernels(level))
             self.module.zero_grad(set_to_none=True)
             if level in (Recompute.NONE, Recompute.UNITS):
-                for place, stride in step.arrived.items():
-                    grad_strides.setdefault(self.reads[place], stride)
+                for place, gradient in step.arrived.items():
+                    grad_strides.setdefault(self.reads[place], gradient.stride)
         out = self._steps[Recompute.NONE].out
         return SegmentCost(
             name=self.name,
@@ -198,14 +215,18 @@ class _Step:
     def __init__(self, module: nn.Module, reads: list[_Layout], precision: Precision, device: str) -> None:
         self._tracer = tracer = StepTracer(device=device)
         tracer.know([*module.parameters(), *module.buffers()], Category.PARAMETER)
-        self.arrived: dict[int, tuple[int, ...]] = {}
-        """Strides of the gradients of what is read, by its place among the inputs."""
+        self.arrived: dict[int, _Gradient] = {}
+        """Gradients of what is read, by its place among the inputs."""
+        self._sizes = [layout.size_bytes for layout in reads]
         self._grad_stride: list[tuple[int, ...]] = []
+        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._accumulated: dict[int, int] = {}
+        """The instant at which a parameter's gradient arrives, by that at which its storage was made."""
         with tracer:
             self._leaves = [torch.empty((), dtype=layout.dtype, requires_grad=layout.needs_grad) for layout in reads]
             fixed = tracer.allocated_bytes
             inputs = [
-                _StandIn.apply(leaf, layout, self.arrived, place)
+                _StandIn.apply(leaf, layout, partial(self._arrives, place))
                 for place, (leaf, layout) in enumerate(zip(self._leaves, reads, strict=True))
             ]
             keys = [tracer.key(tensor) for tensor in inputs]
@@ -231,14 +252,12 @@ class _Step:
         """Run backward, where the gradient of the output lies as given; the whole cost."""
         tracer = self._tracer
         self._grad_stride.append(grad_stride)
-        with tracer:
+        with tracer, self._accumulations_seen():
             tracer.begin(Phase.BACKWARD)
-            tracer.reset_peak()
             self._root.backward()
-            backward_peak = tracer.peak_bytes - self._kept - self.out.size_bytes
-            timeline = _with_output_kept(tracer.timeline(), self._output_born)
-            sent_peak = _backward_peak(timeline) - self._kept - self.out.size_bytes
-            held_peak = _peak_beside_gradient(timeline) - self._kept
+        del self._root  # whose graph knows this step
+        timeline = tracer.timeline()
+        adding = self._with_gradients_added(timeline)
         work = tracer.take_work()
         return LevelCost(
             recompute=level,
@@ -246,25 +265,73 @@ class _Step:
             saves_inputs=self._saves_inputs,
             saves_output=self._saves_output,
             forward_peak_bytes=self._forward_peak,
-            backward_peak_bytes=max(0, backward_peak),
-            backward_peak_held_bytes=max(0, held_peak),
-            backward_peak_sent_bytes=max(0, sent_peak),
+            backward_peak=self._backward_peak(timeline),
+            backward_peak_adding=self._backward_peak(adding),
             forward=_total(work, Phase.FORWARD),
             backward=_total(work, Phase.BACKWARD),
+            shared_gradients=tuple(self._shared_gradients()),
         )
 
+    def _backward_peak(self, timeline: Timeline) -> BackwardPeak:
+        gradient = _gradient_of_output(timeline)
+        with_output = _with_output_kept(timeline, self._output_born)
+        beside = self._kept + gradient.size_bytes
+        return BackwardPeak(
+            freed=max(0, _most_in_backward(timeline) - beside),
+            held=max(0, _most_in_backward(_without(gradient, with_output)) - self._kept),
+            sent=max(0, _most_in_backward(with_output) - beside),
+        )
 
-def _peak_beside_gradient(timeline: Timeline) -> int:
-    """The most that is allocated during backward, without the gradient of the output.
+    @contextmanager
+    def _accumulations_seen(self) -> Iterator[None]:
+        """Note when each parameter's gradient arrives, and the storage that it lies in."""
 
-    It is the second that backward makes: the first is that of the root, a scalar.
-    """
+        def note(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            self._accumulated[self._tracer.born(self._tracer.key(parameter.grad))] = self._tracer.instant
+
+        hooks = [one.register_post_accumulate_grad_hook(note) for one in self._parameters]  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _with_gradients_added(self, timeline: Timeline) -> Timeline:
+        """As if parameters had gradients: fresh ones go when they have been added, and none is copied to stay."""
+        return replace(
+            timeline,
+            allocations=tuple(
+                replace(one, died=self._accumulated.get(one.born, one.died))
+                for one in timeline.allocations
+                if not (one.born in self._accumulated and one.operation == _COPIES_GRADIENT)
+            ),
+        )
+
+    def _arrives(self, place: int, gradient: Tensor) -> None:
+        storage = self._tracer.born(self._tracer.key(gradient))
+        self.arrived[place] = _Gradient(tuple(gradient.stride()), storage, gradient.untyped_storage().nbytes())
+
+    def _shared_gradients(self) -> Iterator[SharedGradient]:
+        places = defaultdict(list)
+        for place, gradient in self.arrived.items():
+            places[gradient.storage, gradient.storage_bytes].append(place)
+        for (_, size), lying_there in places.items():
+            if size != sum(self._sizes[place] for place in lying_there):
+                yield SharedGradient(tuple(sorted(lying_there)), size)
+
+
+def _gradient_of_output(timeline: Timeline) -> Allocation:
+    """The second thing that backward makes: the first is the gradient of the root, a scalar."""
     _, gradient, *_ = (one for one in timeline.allocations if one.phase is Phase.BACKWARD)
-    rest = replace(timeline, allocations=tuple(one for one in timeline.allocations if one is not gradient))
-    return _backward_peak(rest)
+    return gradient
 
 
-def _backward_peak(timeline: Timeline) -> int:
+def _without(gradient: Allocation, timeline: Timeline) -> Timeline:
+    return replace(timeline, allocations=tuple(one for one in timeline.allocations if one.born != gradient.born))
+
+
+def _most_in_backward(timeline: Timeline) -> int:
     return max(timeline.curve[timeline.backward_start :], default=0)
 
 
@@ -284,14 +351,14 @@ class _StandIn(torch.autograd.Function):
     """An input of a segment: laid out as given, made of a leaf that is next to nothing."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, layout: _Layout, arrived: dict[int, tuple[int, ...]], place: int) -> Tensor:
-        ctx.arrived, ctx.place = arrived, place
+    def forward(ctx: Any, leaf: Tensor, layout: _Layout, arrives: Callable[[Tensor], None]) -> Tensor:
+        ctx.arrives = arrives
         return torch.empty_strided(layout.shape, layout.stride, dtype=layout.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None, None]:
-        ctx.arrived[ctx.place] = tuple(grad.stride())
-        return None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        ctx.arrives(grad)
+        return None, None, None
 
 
 class _Root(torch.autograd.Function):

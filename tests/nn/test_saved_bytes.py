@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from memseg.levels import NormMode, Recompute
+from memseg.models import build_model
 from memseg.models.context import DilatedContext
 from memseg.models.stem import Stem
 from memseg.nn import Blend, DenseBlock, NormReluConv, ResidualLayer, banded_cross_entropy, layout
@@ -144,6 +145,31 @@ def test_the_loss_keeps_the_coarse_gradient_and_nothing_of_full_size():
     logits = torch.randn(2, 5, 8, 8, requires_grad=True)
     target = torch.randint(5, (2, 64, 64), dtype=torch.uint8)
     assert kept_bytes(banded_cross_entropy, logits, target) == FLOAT_BYTES * (5 * M + 1)
+
+
+@pytest.mark.parametrize("level", Recompute)
+def test_gradients_take_no_more_than_what_they_are_of(level):
+    model = build_model("ladder-densenet-mini", num_classes=5)
+    model.set_recompute(level)
+    images, target = torch.randn(2, 3, 64, 64), torch.randint(5, (2, 64, 64))
+    model.objective(0.3)(*model.coarse_outputs(images), target).backward()
+    storages = {one.grad.untyped_storage()._cdata: one.grad.untyped_storage().nbytes() for one in model.parameters()}
+    assert sum(storages.values()) == sum(one.nbytes for one in model.parameters())
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_the_gradient_of_a_part_of_a_concatenation_is_read_where_it_lies(pool):
+    unit = NormReluConv(16, 64, kernel_size=1, pool=pool, recompute=Recompute.UNITS)
+    x = torch.randn(2, 16, 64, 64, requires_grad=True)
+    out = unit(x)
+    channels_last = torch.randn(out.shape[0], 2 * 64, *out.shape[2:]).contiguous(memory_format=torch.channels_last)
+    part, peaks = channels_last[:, 64:], []
+    for gradient in (part, part.contiguous(memory_format=torch.channels_last)):
+        with watch_allocator() as peak:
+            torch.autograd.grad(out, x, gradient, retain_graph=True)
+        peaks.append(peak.peak_bytes)
+    in_place, dense = peaks
+    assert in_place <= dense
 
 
 def test_each_level_of_a_dense_block_peaks_lower_than_the_one_before_and_units_below_half_of_none():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from memseg.levels import NormMode, Precision, Recompute
 from memseg.planning import Card, LevelCost, ModelCosts, SegmentCost, Work
+from memseg.planning.costs import BackwardPeak, SharedGradient
 
 LEVELS = list(Recompute)
 
@@ -19,14 +20,19 @@ def level(
     backward: int = 0,
     backward_held: int | None = None,
     backward_sent: int | None = None,
+    adding: int | None = None,
+    shared: tuple[SharedGradient, ...] = (),
+    kernels: int = 0,
     flops: int = 1,
+    work: tuple[Work, Work] | None = None,
 ) -> LevelCost:
-    """`backward_held` and `backward_sent` are what `backward` is unless given."""
+    """Unless given, `backward_held`, `backward_sent` and `adding` are what `backward` is, and `work` is of `flops`."""
     held = backward if backward_held is None else backward_held
     sent = backward if backward_sent is None else backward_sent
-    return LevelCost(
-        recompute, saved, inputs, output, forward, backward, held, sent, Work(flops, 0), Work(2 * flops, 0)
-    )
+    peak = BackwardPeak(backward, held, sent)
+    with_gradients = peak if adding is None else BackwardPeak(adding, adding, adding)
+    done = work or (Work(flops, 0), Work(2 * flops, 0))
+    return LevelCost(recompute, saved, inputs, output, forward, peak, with_gradients, *done, shared, kernels)
 
 
 def segment(name: str, reads: tuple[str, ...], *levels: LevelCost, output: int = 0, **sizes: int) -> SegmentCost:
@@ -49,12 +55,21 @@ def random_model(generator: random.Random, num_segments: int, num_levels: int, l
     def size() -> int:
         return generator.randint(0, largest)
 
+    def shared(places: list[int]) -> tuple[SharedGradient, ...]:
+        some = generator.sample(places, generator.randint(0, len(places)))
+        return (SharedGradient(tuple(sorted(some)), size()),) if some else ()
+
     segments = []
     for position in range(num_segments):
         last = position == num_segments - 1
         earlier = [s.name for s in segments]
         reads = generator.sample(earlier, min(len(earlier), generator.randint(1, 2))) if earlier else ["images"]
         reads += ["target"] if last else []
+        with_grad = [
+            place
+            for place, read in enumerate(reads)
+            if read in earlier and segments[earlier.index(read)].output_needs_grad
+        ]
         levels = tuple(
             LevelCost(
                 recompute=recompute,
@@ -62,11 +77,11 @@ def random_model(generator: random.Random, num_segments: int, num_levels: int, l
                 saves_inputs=tuple(generator.random() < 0.5 for _ in reads),
                 saves_output=generator.random() < 0.3,
                 forward_peak_bytes=size(),
-                backward_peak_bytes=size(),
-                backward_peak_held_bytes=size(),
-                backward_peak_sent_bytes=size(),
+                backward_peak=BackwardPeak(size(), size(), size()),
+                backward_peak_adding=BackwardPeak(size(), size(), size()),
                 forward=Work(generator.randint(1, 30), generator.randint(0, 30)),
                 backward=Work(generator.randint(1, 60), 0),
+                shared_gradients=shared(with_grad),
             )
             for recompute in LEVELS[: generator.randint(1, num_levels)]
         )

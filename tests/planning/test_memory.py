@@ -5,6 +5,7 @@ import pytest
 
 from memseg.levels import Recompute
 from memseg.planning import ModelCosts, Stage
+from memseg.planning.costs import SharedGradient
 from memseg.planning.memory import Flow
 
 from .cases import level, model, random_model, segment
@@ -191,6 +192,34 @@ def test_recomputing_a_segment_keeps_its_input_and_frees_the_rest():
     assert stage.recompute_of((0, 1, 0)) == ("none", "segment", "none")
 
 
+def test_a_part_of_a_gradient_keeps_the_whole_alive_until_its_maker_has_read_it():
+    # As in a U-Net: c concatenates the outputs of a and b, whose gradients are views of one of 40 + 20.
+    views = SharedGradient((0, 1), 60)
+    costs = model(
+        segment("a", ("images",), level(backward=1), output=40),
+        segment("b", ("a",), level(backward=1), output=20),
+        segment("c", ("a", "b"), level(inputs=(False, False), shared=(views,)), output=0),
+        segment("loss", ("c",), level(inputs=(False,))),
+    )
+    found = moments_of(Stage(costs, 0, 3), (0, 0, 0, 0))
+    # b has saved what a made; where it adds its share to the gradient of that, the sum is a tensor of its own.
+    assert (found["backward of b"], found["backward of a"]) == (40 + 60 + 1, 40 + 1)
+    alone = replace(
+        costs, segments=(costs.segments[0], replace(costs.segments[1], reads=("images",)), *costs.segments[2:])
+    )
+    found = moments_of(Stage(alone, 0, 3), (0, 0, 0, 0))
+    assert (found["backward of b"], found["backward of a"]) == (60 + 1, 60 + 1)
+
+
+def test_a_fresh_gradient_is_let_go_of_where_there_is_one_to_add_it_to():
+    costs = model(
+        segment("a", ("images",), level(backward=70, adding=30), gradient_bytes=50),
+        segment("loss", ("a",), level(inputs=(False,))),
+    )
+    one_pass, several = (moments_of(Stage(costs, 0, 1, Flow(keeps_gradients=keeps)), (0, 0)) for keeps in (False, True))
+    assert (one_pass["backward of a"], several["backward of a"]) == (70, 50 + 30)
+
+
 def schedule_of(flow: Flow) -> list[tuple[str, int]]:
     """Forward and backward of each micro-batch, in order."""
     count, warm = flow.micro_batches, flow.in_flight
@@ -251,6 +280,7 @@ class Walk:
     def backward(self, number: int) -> None:
         arrived = {name for name in self.entering if self.needs_grad[name]}
         made = {name for name in arrived if not any(p in self.chosen for p in self.readers[name])}
+        storages = {name: (name, self.output[name]) for name in made}  # of gradients: which, and its size
         for p in reversed(self.chosen):
             own, cost = self.segments[p].name, self.chosen[p]
             received = (
@@ -259,16 +289,21 @@ class Walk:
             lives_on = (
                 any("caller" in who or "pipeline" in who for who in [self.held[number, own]]) and self.readers[own]
             )
-            working = cost.backward_peak_sent_bytes if lives_on else cost.backward_peak_bytes
-            working = cost.backward_peak_held_bytes if received else working
-            self.peak = max(self.peak, self.alive() + sum(self.output[n] for n in made) + working)
+            peaks = cost.backward_peak_adding if len(self.with_gradient) == len(self.chosen) else cost.backward_peak
+            working = peaks.held if received else peaks.sent if lives_on else peaks.freed
+            gradients = sum(dict(storages.values()).values())
+            self.peak = max(self.peak, self.alive() + gradients + working)
             del self.saved[number, p]
             self.with_gradient.add(p)
             for (batch, _), holders in self.held.items():
                 if batch == number:
                     holders -= {("saves", p)}
-            made |= {name for name in self.segments[p].reads if self.needs_grad[name]}
-            made -= {own}
+            storages.pop(own, None)
+            for place, name in enumerate(self.segments[p].reads):
+                if self.needs_grad[name]:
+                    lies_in = next((one for one in cost.shared_gradients if place in one.places), None)
+                    alone = name in storages or name in arrived or lies_in is None
+                    storages[name] = (name, self.output[name]) if alone else ((p, lies_in), lies_in.size_bytes)
         self.held = {key: holders for key, holders in self.held.items() if key[0] != number}
         if self.flow.is_gpipe and self.flow.micro_batches > 1:
             self.sent += sum(self.output[name] for name in arrived)

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from memseg.levels import Recompute
-from memseg.planning.costs import LevelCost, SegmentCost, Work
+from memseg.planning.costs import SegmentCost
 from memseg.planning.outside import KERNEL_BYTES, SHARED_KERNELS, Outside, Process, outside_bytes
 from memseg.profiling.kernels.compiled import compiled_kernels
 from processes import python
+
+from .cases import level
 
 MIB = 2**20
 PROCESS = Process(threads=1, stack_bytes=8 * MIB, mmap_threshold_bytes=16 * MIB)
@@ -19,10 +21,7 @@ PROCESS = Process(threads=1, stack_bytes=8 * MIB, mmap_threshold_bytes=16 * MIB)
 
 def segment(name, **kernels):
     """With levels of so many kernels."""
-    levels = tuple(
-        LevelCost(Recompute(level), 0, (), False, 0, 0, 0, 0, Work(0, 0), Work(0, 0), compiled_kernels=count)
-        for level, count in kernels.items()
-    )
+    levels = tuple(level(Recompute(one), kernels=count) for one, count in kernels.items())
     return SegmentCost(name, (), 0, True, 0, 0, 0, 0, levels)
 
 

@@ -13,6 +13,7 @@ import pytest
 from memseg.errors import InputError
 from memseg.levels import NormMode, Schedule, Strategy
 from memseg.planning import Card, LevelCost, ModelCosts, Settings, Stage, Work, Workload, make_plan
+from memseg.planning.costs import BackwardPeak
 from memseg.planning.placer import Placer
 from memseg.planning.replicas import best_shares, grids
 from memseg.planning.strategies import Aim, Member, Pipeline, Placement, Slot
@@ -35,14 +36,17 @@ def scaled(costs: ModelCosts, images: int) -> ModelCosts:
     def work(one: Work) -> Work:
         return Work(one.flops * images, one.moved_bytes * images)
 
+    def peaks(one: BackwardPeak) -> BackwardPeak:
+        return BackwardPeak(one.freed * images, one.held * images, one.sent * images)
+
     def of(one: LevelCost) -> LevelCost:
         return replace(
             one,
             saved_bytes=one.saved_bytes * images,
             forward_peak_bytes=one.forward_peak_bytes * images,
-            backward_peak_bytes=one.backward_peak_bytes * images,
-            backward_peak_held_bytes=one.backward_peak_held_bytes * images,
-            backward_peak_sent_bytes=one.backward_peak_sent_bytes * images,
+            backward_peak=peaks(one.backward_peak),
+            backward_peak_adding=peaks(one.backward_peak_adding),
+            shared_gradients=tuple(replace(two, size_bytes=two.size_bytes * images) for two in one.shared_gradients),
             forward=work(one.forward),
             backward=work(one.backward),
         )

@@ -35,7 +35,7 @@ from memseg.planning import (
 from memseg.reports.plan import infeasible_text, plan_table, share_bar
 from memseg.units import GIB
 
-from .cases import card, model, segment
+from .cases import card, level, model, segment
 
 MIB = 2**20
 
@@ -44,8 +44,8 @@ def levels(saved: int) -> tuple[LevelCost, ...]:
     """Keep `saved` bytes, or half as slow again keep nothing but the input."""
     work = Work(10**11, 0)
     return (
-        LevelCost(Recompute.NONE, saved, (True,), False, saved, saved, saved, saved, work, work),
-        LevelCost(Recompute.SEGMENT, 0, (True,), False, saved // 4, saved, saved, saved, work, work + work),
+        level(saved=saved, forward=saved, backward=saved, work=(work, work)),
+        level(Recompute.SEGMENT, forward=saved // 4, backward=saved, work=(work, work + work)),
     )
 
 
@@ -53,7 +53,7 @@ def tiny(saved: int = 2 * GIB) -> ModelCosts:
     """Three blocks and a loss; about 3 x `saved` with everything kept, about 1 x with everything rebuilt."""
     sizes = {"parameter_bytes": MIB, "gradient_bytes": MIB, "optimizer_bytes": 2 * MIB}
     blocks = [("block1", "images"), ("block2", "block1"), ("block3", "block2")]
-    loss = LevelCost(Recompute.NONE, 0, (True, False), False, 4, 4, 4, 4, Work(1, 1), Work(1, 1))
+    loss = level(inputs=(True, False), forward=4, backward=4, work=(Work(1, 1), Work(1, 1)))
     return model(
         *(segment(name, (read,), *levels(saved), output=8 * MIB, **sizes) for name, read in blocks),
         segment("loss", ("block3", "target"), loss, output=4),
@@ -397,7 +397,7 @@ def test_a_card_that_would_do_among_many_is_advised():
         segment(f"block{n}", (f"block{n - 1}" if n else "images",), *levels(8 * GIB if n == 3 else MIB))
         for n in range(6)
     ]
-    loss = LevelCost(Recompute.NONE, 0, (True,), False, 4, 4, 4, 4, Work(1, 1), Work(1, 1))
+    loss = level(forward=4, backward=4, work=(Work(1, 1), Work(1, 1)))
     with pytest.raises(NothingFitsError) as caught:
         planned(model(*blocks, segment("loss", ("block5",), loss)), cards, strategy=Strategy.SPLIT)
     assert [advice.partition(" (")[0] for advice in caught.value.advice] == ["cpu:9GiB in place of cpu:2.5GiB"]

@@ -1,6 +1,7 @@
 """Costs of segments, each profiled alone, add up to the step of the whole model."""
 
 import json
+import random
 from datetime import timedelta
 from functools import cache, partial
 
@@ -11,7 +12,7 @@ from torch import multiprocessing
 
 from memseg.levels import NormMode, Recompute
 from memseg.models import build_model
-from memseg.planning.memory import Stage
+from memseg.planning.memory import Flow, Stage
 from memseg.profiling import measure_step, profile_step
 from memseg.profiling.costs import model_costs
 from memseg.profiling.jobs.job import LOSS
@@ -61,7 +62,25 @@ def test_the_sum_over_segments_is_the_peak_of_the_whole_step(level, norm):
     stage, levels = whole_model(norm), choice(norm, level)
     build = partial(build_model, MINI, norm=norm)
     profile = profile_step(build, image=IMAGE, batch=BATCH, recompute=by_segment(norm, level))
-    assert stage.peak_of(levels).size == pytest.approx(profile.timeline.peak_allocated_bytes, rel=0.005)
+    assert stage.peak_of(levels).size == profile.timeline.peak_allocated_bytes
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", [MINI, "ladder-resnet50"])
+def test_a_mix_of_levels_on_small_images_is_never_predicted_too_low(name, accumulation):
+    # There gradients and weights are most of the peak, which then lies anywhere in backward.
+    image, batch = (64, 128), 1
+    build = partial(build_model, name)
+    found = model_costs(build, image=image, batch=batch)
+    stage = Stage(found, 0, len(found.segments) - 1, Flow(keeps_gradients=accumulation > 1))
+    generator = random.Random(name)
+    for _ in range(6):
+        levels = [generator.randrange(len(segment.levels)) for segment in found.segments]
+        names = (segment.name for segment in found.segments)
+        recompute = {n: level for n, level in zip(names, stage.recompute_of(levels), strict=True) if n != LOSS}
+        profile = profile_step(build, image=image, batch=batch, recompute=recompute, accumulation=accumulation)
+        traced, summed = profile.timeline.peak_allocated_bytes, stage.peak_of(levels).size
+        assert traced <= summed <= 1.003 * traced, recompute
 
 
 @pytest.mark.parametrize("norm", NormMode)
