@@ -12,6 +12,7 @@ freed before the next step; from then on gradients stay where they are, and are 
     gradients in       1st bucket  2nd bucket  2nd bucket  2nd bucket
 """
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -21,6 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 _UNTIL_SETTLED = 2
 """Averaged passes after which gradients are views of buckets that stay. Source: `DistributedDataParallel._pre_forward`
 and Reducer::rebuild_buckets in torch/csrc/distributed/c10d/reducer.cpp, torch 2.14.1."""
+
+
+_STRIDES_OF_1X1 = r"Grad strides do not match bucket view strides[\s\S]*grad\.sizes\(\) = \[\d+, \d+, 1, 1\]"
+"""A warning about 1x1 convolutions, whose gradients lie as their weights do but for strides that are never taken.
+Source: Reducer::check_grad_layout, which compares those too."""
 
 
 class Replica:
@@ -33,6 +39,7 @@ class Replica:
 
     def __init__(self, module: nn.Module, group: distributed.ProcessGroup | None) -> None:
         self._module, self._averaged = module, 0
+        warnings.filterwarnings("ignore", _STRIDES_OF_1X1, UserWarning)
         self._parallel = (
             DistributedDataParallel(
                 module, process_group=group, forward_sync_buffers=False, gradient_as_bucket_view=True
