@@ -289,7 +289,7 @@ class _DenseBlockNode(torch.autograd.Function):
                 [grad_bottleneck],
                 norm2.needs_sums,
             )
-            second = norm2.gradients(sums)
+            second = norm2.gradients_(sums)
             norm2.complete_(pixels(grad_bottleneck), pixels(bottleneck), second)
             grad_conv1, sums = project_backward(
                 pixels(grad_bottleneck),
@@ -303,7 +303,7 @@ class _DenseBlockNode(torch.autograd.Function):
                 True,
                 norm1.needs_sums,
             )
-            first = norm1.gradients(sums)
+            first = norm1.gradients_(sums)
             line.add(first)
             gradients.append(
                 (first.weight, first.bias, as_kernel(grad_conv1, conv1), second.weight, second.bias, grad_conv2)

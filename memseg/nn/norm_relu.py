@@ -113,7 +113,7 @@ class NormRelu:
         """bn(x) = scale * x + shift."""
         return self.offset - self.statistics.mean * self.scale
 
-    def gradients(self, sums: Tensor) -> NormGradients:
+    def gradients_(self, sums: Tensor) -> NormGradients:
         """From (2, C): this replica's sum(g) and sum(g * (x - mean)); not looked at where `needs_sums` is false.
 
         The sums become the gradients of bias and weight, in place: these live as long as the parameters' gradients.

@@ -194,7 +194,7 @@ class _UnitNode(torch.autograd.Function):
                 found = project_backward(
                     pixels(grad_out), x, *numbers, norm.offset, matrix, pixels(grad), False, norm.needs_sums
                 )
-            grad_weight, gradients = as_kernel(found[0], weight), norm.gradients(found[1])
+            grad_weight, gradients = as_kernel(found[0], weight), norm.gradients_(found[1])
             if norm.uses_batch:
                 line = Line(x.shape[1], mean)
                 line.add(gradients)
@@ -203,7 +203,7 @@ class _UnitNode(torch.autograd.Function):
             grad_weight, sums = convolve_backward(
                 grad_out, maps, *numbers, kernel, ctx.dilation, grads, norm.needs_sums
             )
-            gradients = norm.gradients(sums)
+            gradients = norm.gradients_(sums)
             own = slice(-fine.shape[1], None)
             norm.complete_(pixels(grads[-1]), pixels(fine), gradients, own)
             if len(maps) > 1:

@@ -58,7 +58,7 @@ def projected_norm_backward(
     matrix, scale = weight.to(cross.dtype), norm.scale
     base = matrix @ centre
     moment = (matrix * cross).sum(1) + (base - norm.statistics.mean) * total
-    gradients = norm.gradients(torch.stack([total, moment]))
+    gradients = norm.gradients_(torch.stack([total, moment]))
     grad_weight = scale[:, None] * cross + (scale * total).outer(centre)
     fold, row = matrix.new_empty(0, 0), matrix.new_empty(0)
     if norm.uses_batch:

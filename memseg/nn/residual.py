@@ -249,7 +249,7 @@ class _BottleneckNode(torch.autograd.Function):
         third = projected_norm_backward(
             pixels(grad), pixels(second), norms[1], weights[2].flatten(1), norms[2], pixels(grad_second)
         )
-        of_norm2 = norms[1].gradients(third.sums)
+        of_norm2 = norms[1].gradients_(third.sums)
         if norms[1].uses_batch:
             add_line(pixels(grad_second), pixels(second), of_norm2.constant, of_norm2.slope)
         del second, kept
@@ -257,7 +257,7 @@ class _BottleneckNode(torch.autograd.Function):
         grad_weight2, sums = _convolve_backward(
             grad_second, first, norms[0], weights[1], stride, ctx.dilation, grad_first
         )
-        of_norm1 = norms[0].gradients(sums)
+        of_norm1 = norms[0].gradients_(sums)
         norms[0].complete_(pixels(grad_first), pixels(first), of_norm1)
         del first, grad_second
         grad_weight1 = torch.mm(pixels(grad_first).t(), pixels(seen))

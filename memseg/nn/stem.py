@@ -84,7 +84,7 @@ class _StemNode(torch.autograd.Function):
         sums = mean.new_zeros(2, 0)
         if norm.needs_sums:
             sums = pool_sums(grad_out, offsets, convolved, mean, *ctx.window)
-        gradients = norm.gradients(sums)
+        gradients = norm.gradients_(sums)
         pool_backward(grad_out, offsets, convolved, norm.scale, gradients.constant, gradients.slope, *ctx.window)
         stride, padding, dilation, groups = ctx.geometry
         wants_x, wants_weight = ctx.needs_input_grad[8], ctx.needs_input_grad[6]

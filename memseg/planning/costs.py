@@ -12,8 +12,8 @@ that segment alone allocates. What several segments share (the tensors that pass
     backward_peak_adding    the same where parameters have gradients already, so that fresh ones are added to these, one
                             after the other, and let go of
 
-    shared_gradients        gradients of its inputs that keep more alive than themselves, or less than each for itself:
-                            those of a concatenation are views of one storage, those of a sum are the same tensor
+    shared_gradients        storages that gradients of its inputs lie in together: those of a concatenation are views of
+                            one, those of a sum are the same tensor
 
 All sizes are bytes, all work is for the whole batch.
 """
@@ -88,17 +88,24 @@ class SharedGradient:
 
 @dataclass(frozen=True)
 class BackwardPeak:
-    """The most that a backward takes, in bytes, by what becomes of the segment's output and of its gradient."""
+    """The most that a backward takes, in bytes, by what stays until it is over: the segment's output, its gradient."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
-    freed: int
-    """Nobody else holds either."""
-    held: int
-    """The output has gone to another card and lives on, and the gradient of it came from there, in a buffer that is not
-    freed on the way."""
-    sent: int
-    """The output lives on likewise, but the gradient of it is made here, for it is read here too."""
+    with_neither: int
+    """Nobody else holds them."""
+    with_gradient: int
+    """The gradient shares its storage with one that is still waited for."""
+    with_output: int
+    """The output has gone to another card and lives on; its gradient is made here, for it is read here too."""
+    with_both: int
+    """The output has gone to another card, and the gradient came from there, in a buffer that is there all step."""
+
+    def of(self, *, gradient: bool, output: bool) -> int:
+        """Where these stay, or do not."""
+        if output:
+            return self.with_both if gradient else self.with_output
+        return self.with_gradient if gradient else self.with_neither
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class LevelCost:
     backward: Work
     """Includes what is rebuilt."""
     shared_gradients: tuple[SharedGradient, ...] = ()
-    """Storages of another size than the tensors whose gradients lie in them; each gradient lies in one at most."""
+    """Storages of several gradients, or larger than the one that lies in them; a gradient lies in one at most."""
     compiled_kernels: int = 0
     """That a CPU compiles for its convolutions; memory that no allocator counts."""
 

@@ -47,7 +47,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from memseg.levels import Recompute
-from memseg.planning.costs import IMAGES, TARGET, LevelCost, ModelCosts, SegmentCost, Work
+from memseg.planning.costs import IMAGES, TARGET, LevelCost, ModelCosts, SegmentCost, SharedGradient, Work
 
 Pick = tuple[int, int]
 """A segment's position in the model, and a position in its `levels`."""
@@ -287,10 +287,10 @@ class Stage:
         ]
         terms += self._around_gradients(position)
         lives_on = segment in self.leaving or self._is_output(segment)
-        held = segment in self.leaving and segment.output_needs_grad and not self._local_readers(segment.name)
+        gradient_stays = self._gradient_stays(position)
         for number, level in enumerate(segment.levels):
             peaks = level.backward_peak_adding if made else level.backward_peak
-            size = peaks.held if held else peaks.sent if lives_on else peaks.freed
+            size = peaks.of(gradient=gradient_stays, output=lives_on)
             terms.append(Term(size, Category.TEMPORARY, frozenset({(position, number)})))
         return Moment("backward", segment.name, tuple(terms))
 
@@ -302,33 +302,55 @@ class Stage:
         return max(readers) > position
 
     def _around_gradients(self, position: int) -> list[Term]:
-        """What storages that gradients lie in take beside these, when the backward of `position` begins.
-
-        A gradient that a second reader has added to, or that was copied for an earlier stage, lies in one of its own.
-        """
+        """What storages that gradients lie in take beside these, when the backward of `position` begins."""
         terms = []
         for reader in range(position + 1, self.last + 1):
-            sizes = [self._around_gradients_of(reader, level, position) for level in self.costs.segments[reader].levels]
+            levels = self.costs.segments[reader].levels
+            sizes = [
+                sum(shared.size_bytes - sum(map(self._output_bytes, makers)) for shared, makers in found if makers)
+                for found in (self._lying_in(reader, level, position) for level in levels)
+            ]
             if any(sizes):
                 terms += [
                     Term(size, Category.GRADIENT, frozenset({(reader, number)})) for number, size in enumerate(sizes)
                 ]
         return terms
 
-    def _around_gradients_of(self, reader: int, level: LevelCost, position: int) -> int:
-        size = 0
-        for shared in level.shared_gradients:
-            names = [self.costs.segments[reader].reads[place] for place in shared.places]
-            makers = [maker for maker in range(self.first, position + 1) if self.costs.segments[maker].name in names]
-            alone = [maker for maker in makers if self._is_first_to_reach(reader, maker, position)]
-            if alone:
-                size += shared.size_bytes - sum(self.costs.segments[maker].output_bytes for maker in alone)
-        return size
+    def _lying_in(self, reader: int, level: LevelCost, position: int) -> list[tuple[SharedGradient, list[int]]]:
+        """Each storage that `reader` leaves gradients in, and whose of them lie there as `position`'s backward begins.
 
-    def _is_first_to_reach(self, reader: int, maker: int, position: int) -> bool:
-        """Is the gradient of `maker` that of `reader` alone when the backward of `position` begins?"""
-        readers = self._local_readers(self.costs.segments[maker].name)
-        return [one for one in readers if one > position] == [reader]
+        A gradient that a second reader has added to is a tensor of its own; so is that of what leaves and is read here
+        too, for a later stage has sent its share before. What came from an earlier stage is sent back at the end.
+        """
+        reads = self.costs.segments[reader].reads
+        found = []
+        for shared in level.shared_gradients:
+            makers = [self._position.get(reads[place], -1) for place in shared.places]
+            found.append((shared, [maker for maker in makers if self._is_reached_by(reader, maker, position)]))
+        return found
+
+    def _is_reached_by(self, reader: int, maker: int, position: int) -> bool:
+        """Is the gradient of `maker` there when the backward of `position` begins, and that of `reader` alone?"""
+        if not 0 <= maker <= position:
+            return False
+        segment = self.costs.segments[maker]
+        reached = [one for one in self._local_readers(segment.name) if one > position]
+        return reached == [reader] and segment not in self.leaving
+
+    def _gradient_stays(self, position: int) -> bool:
+        """Does the gradient of `position`'s output outlive its backward, at some level of what reads it?"""
+        segment = self.costs.segments[position]
+        if segment in self.leaving and segment.output_needs_grad and not self._local_readers(segment.name):
+            return True
+        return any(
+            position in makers and len(makers) > 1
+            for reader in self._local_readers(segment.name)
+            for level in self.costs.segments[reader].levels
+            for _, makers in self._lying_in(reader, level, position)
+        )
+
+    def _output_bytes(self, position: int) -> int:
+        return self.costs.segments[position].output_bytes
 
     def _saved(self, positions: Iterable[int]) -> list[Term]:
         return [

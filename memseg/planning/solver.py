@@ -169,7 +169,7 @@ class _Program:
         rows = [self._moment_rows(stage) for stage in stages]
         self._bytes, self._always = [row for row, _ in rows], [always for _, always in rows]
         every = zip(self._bytes, self._always, strict=True)
-        self._unit = max(1.0, *(float((always + matrix.sum(axis=1)).max()) for matrix, always in every))
+        self._unit = max(1.0, *(float((always + abs(matrix).sum(axis=1)).max()) for matrix, always in every))
         self._rules = [self._one_level_each(), *([self._kept_if_picked(shared)] if shared else [])]
 
     def fastest(

@@ -168,7 +168,7 @@ class _Segment:
             self._set_level(level)
             # Running statistics follow every level's batch, which autograd would mind for the backward of the others.
             with _unsafe_preserve_version_counter(tuple(module.buffers())):
-                self._steps[level] = _Step(module, [layouts[read] for read in reads], precision, device)
+                self._steps[level] = _Step(module, self.trainable, [layouts[read] for read in reads], precision, device)
         for level in (Recompute.NONE, Recompute.UNITS):
             networks[level is Recompute.NONE].layouts[name] = self._steps[level].out
 
@@ -212,14 +212,16 @@ class _Segment:
 class _Step:
     """Forward and backward of one segment at one level, between stand-ins: forward has run, backward runs in `cost`."""
 
-    def __init__(self, module: nn.Module, reads: list[_Layout], precision: Precision, device: str) -> None:
+    def __init__(
+        self, module: nn.Module, trainable: list[nn.Parameter], reads: list[_Layout], precision: Precision, device: str
+    ) -> None:
         self._tracer = tracer = StepTracer(device=device)
         tracer.know([*module.parameters(), *module.buffers()], Category.PARAMETER)
         self.arrived: dict[int, _Gradient] = {}
         """Gradients of what is read, by its place among the inputs."""
         self._sizes = [layout.size_bytes for layout in reads]
         self._grad_stride: list[tuple[int, ...]] = []
-        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._trainable = trainable
         self._accumulated: dict[int, int] = {}
         """The instant at which a parameter's gradient arrives, by that at which its storage was made."""
         with tracer:
@@ -274,12 +276,22 @@ class _Step:
 
     def _backward_peak(self, timeline: Timeline) -> BackwardPeak:
         gradient = _gradient_of_output(timeline)
-        with_output = _with_output_kept(timeline, self._output_born)
-        beside = self._kept + gradient.size_bytes
+        # Those who made it say what else its storage takes.
+        of_its_size = replace(gradient, size_bytes=self.out.size_bytes)
+        stays = replace(of_its_size, died=timeline.instants)
+
+        def most(gradient_is: Allocation, *, output: bool) -> int:
+            others = (one for one in timeline.allocations if one.born != gradient.born)
+            changed = replace(timeline, allocations=(*others, gradient_is))
+            if output:
+                changed = _with_output_kept(changed, self._output_born)
+            return max(0, _most_in_backward(changed) - self._kept - self.out.size_bytes)
+
         return BackwardPeak(
-            freed=max(0, _most_in_backward(timeline) - beside),
-            held=max(0, _most_in_backward(_without(gradient, with_output)) - self._kept),
-            sent=max(0, _most_in_backward(with_output) - beside),
+            with_neither=most(of_its_size, output=False),
+            with_gradient=most(stays, output=False),
+            with_output=most(of_its_size, output=True),
+            with_both=most(stays, output=True),
         )
 
     @contextmanager
@@ -290,7 +302,7 @@ class _Step:
             assert parameter.grad is not None
             self._accumulated[self._tracer.born(self._tracer.key(parameter.grad))] = self._tracer.instant
 
-        hooks = [one.register_post_accumulate_grad_hook(note) for one in self._parameters]  # type: ignore[no-untyped-call]
+        hooks = [one.register_post_accumulate_grad_hook(note) for one in self._trainable]  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
@@ -317,7 +329,7 @@ class _Step:
         for place, gradient in self.arrived.items():
             places[gradient.storage, gradient.storage_bytes].append(place)
         for (_, size), lying_there in places.items():
-            if size != sum(self._sizes[place] for place in lying_there):
+            if len(lying_there) > 1 or size != self._sizes[lying_there[0]]:
                 yield SharedGradient(tuple(sorted(lying_there)), size)
 
 
@@ -325,10 +337,6 @@ def _gradient_of_output(timeline: Timeline) -> Allocation:
     """The second thing that backward makes: the first is the gradient of the root, a scalar."""
     _, gradient, *_ = (one for one in timeline.allocations if one.phase is Phase.BACKWARD)
     return gradient
-
-
-def _without(gradient: Allocation, timeline: Timeline) -> Timeline:
-    return replace(timeline, allocations=tuple(one for one in timeline.allocations if one.born != gradient.born))
 
 
 def _most_in_backward(timeline: Timeline) -> int:

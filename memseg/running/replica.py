@@ -39,14 +39,12 @@ class Replica:
 
     def __init__(self, module: nn.Module, group: distributed.ProcessGroup | None) -> None:
         self._module, self._averaged = module, 0
-        warnings.filterwarnings("ignore", _STRIDES_OF_1X1, UserWarning)
-        self._parallel = (
-            DistributedDataParallel(
+        self._parallel: DistributedDataParallel | None = None
+        if group is not None:
+            warnings.filterwarnings("ignore", _STRIDES_OF_1X1, UserWarning)
+            self._parallel = DistributedDataParallel(
                 module, process_group=group, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
-            if group is not None
-            else None
-        )
 
     @property
     def called(self) -> nn.Module:

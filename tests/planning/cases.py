@@ -18,19 +18,19 @@ def level(
     output: bool = False,
     forward: int = 0,
     backward: int = 0,
-    backward_held: int | None = None,
-    backward_sent: int | None = None,
+    with_gradient: int | None = None,
+    with_output: int | None = None,
+    with_both: int | None = None,
     adding: int | None = None,
     shared: tuple[SharedGradient, ...] = (),
     kernels: int = 0,
     flops: int = 1,
     work: tuple[Work, Work] | None = None,
 ) -> LevelCost:
-    """Unless given, `backward_held`, `backward_sent` and `adding` are what `backward` is, and `work` is of `flops`."""
-    held = backward if backward_held is None else backward_held
-    sent = backward if backward_sent is None else backward_sent
-    peak = BackwardPeak(backward, held, sent)
-    with_gradients = peak if adding is None else BackwardPeak(adding, adding, adding)
+    """Unless given, what stays adds nothing to `backward`, `adding` is what `backward` is, and `work` is of `flops`."""
+    staying = (backward if size is None else size for size in (with_gradient, with_output, with_both))
+    peak = BackwardPeak(backward, *staying)
+    with_gradients = peak if adding is None else BackwardPeak(adding, adding, adding, adding)
     done = work or (Work(flops, 0), Work(2 * flops, 0))
     return LevelCost(recompute, saved, inputs, output, forward, peak, with_gradients, *done, shared, kernels)
 
@@ -77,8 +77,8 @@ def random_model(generator: random.Random, num_segments: int, num_levels: int, l
                 saves_inputs=tuple(generator.random() < 0.5 for _ in reads),
                 saves_output=generator.random() < 0.3,
                 forward_peak_bytes=size(),
-                backward_peak=BackwardPeak(size(), size(), size()),
-                backward_peak_adding=BackwardPeak(size(), size(), size()),
+                backward_peak=BackwardPeak(size(), size(), size(), size()),
+                backward_peak_adding=BackwardPeak(size(), size(), size(), size()),
                 forward=Work(generator.randint(1, 30), generator.randint(0, 30)),
                 backward=Work(generator.randint(1, 60), 0),
                 shared_gradients=shared(with_grad),

@@ -132,7 +132,7 @@ def test_a_maker_that_saves_what_leaves_holds_nothing_more(batch: int):
 
 def test_a_gradient_that_arrived_is_not_freed_while_its_segment_works():
     def costs(**loss_reads: tuple[str, ...]) -> ModelCosts:
-        work = level(inputs=(False,), backward=100, backward_held=130)
+        work = level(inputs=(False,), backward=100, with_both=130)
         return model(
             segment("a", ("images",), work, output=40),
             segment("b", ("a",), work, output=20),
@@ -155,7 +155,7 @@ def test_a_gradient_that_arrived_is_not_freed_while_its_segment_works():
 
 def test_an_arrived_gradient_takes_no_more_where_the_output_needs_none():
     costs = model(
-        replace(segment("a", ("images",), level(backward=100, backward_held=130), output=40), output_needs_grad=False),
+        replace(segment("a", ("images",), level(backward=100, with_both=130), output=40), output_needs_grad=False),
         segment("loss", ("a",), level()),
     )
     assert moments_of(Stage(costs, 0, 0), (0,))["backward of a"] == 40 + 100
@@ -281,16 +281,28 @@ class Walk:
         arrived = {name for name in self.entering if self.needs_grad[name]}
         made = {name for name in arrived if not any(p in self.chosen for p in self.readers[name])}
         storages = {name: (name, self.output[name]) for name in made}  # of gradients: which, and its size
+        first_reader: dict[str, int] = {}
         for p in reversed(self.chosen):
             own, cost = self.segments[p].name, self.chosen[p]
             received = (
                 own in self.leaving and self.needs_grad[own] and not any(r in self.chosen for r in self.readers[own])
             )
-            lives_on = (
-                any("caller" in who or "pipeline" in who for who in [self.held[number, own]]) and self.readers[own]
+            lives_on = bool(self.held[number, own] & {"caller", "pipeline"}) and bool(self.readers[own])
+            # Which level the reader has is not looked at: any that would share counts.
+            beside = own in first_reader and any(
+                self.segments[first_reader[own]].reads.index(own) in shared.places
+                and any(
+                    first_reader.get(other) == first_reader[own] and other in storages and other != own
+                    for other in (self.segments[first_reader[own]].reads[place] for place in shared.places)
+                )
+                for level in self.segments[first_reader[own]].levels
+                for shared in level.shared_gradients
             )
             peaks = cost.backward_peak_adding if len(self.with_gradient) == len(self.chosen) else cost.backward_peak
-            working = peaks.held if received else peaks.sent if lives_on else peaks.freed
+            stays = received or beside
+            working = [peaks.with_neither, peaks.with_gradient, peaks.with_output, peaks.with_both][
+                stays + 2 * lives_on
+            ]
             gradients = sum(dict(storages.values()).values())
             self.peak = max(self.peak, self.alive() + gradients + working)
             del self.saved[number, p]
@@ -302,8 +314,13 @@ class Walk:
             for place, name in enumerate(self.segments[p].reads):
                 if self.needs_grad[name]:
                     lies_in = next((one for one in cost.shared_gradients if place in one.places), None)
-                    alone = name in storages or name in arrived or lies_in is None
-                    storages[name] = (name, self.output[name]) if alone else ((p, lies_in), lies_in.size_bytes)
+                    alone = name not in storages and name not in self.leaving
+                    shares = alone and lies_in is not None
+                    storages[name] = ((p, lies_in), lies_in.size_bytes) if shares else (name, self.output[name])
+                    if alone:
+                        first_reader[name] = p
+                    else:
+                        first_reader.pop(name, None)
         self.held = {key: holders for key, holders in self.held.items() if key[0] != number}
         if self.flow.is_gpipe and self.flow.micro_batches > 1:
             self.sent += sum(self.output[name] for name in arrived)

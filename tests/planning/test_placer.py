@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,7 @@ def scaled(costs: ModelCosts, images: int) -> ModelCosts:
         return Work(one.flops * images, one.moved_bytes * images)
 
     def peaks(one: BackwardPeak) -> BackwardPeak:
-        return BackwardPeak(one.freed * images, one.held * images, one.sent * images)
+        return BackwardPeak(*(size * images for size in astuple(one)))
 
     def of(one: LevelCost) -> LevelCost:
         return replace(
