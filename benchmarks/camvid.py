@@ -113,24 +113,39 @@ def row_of(variant: Variant, results: Sequence[dict[str, Any]]) -> dict[str, str
 
 
 def draw(results: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """mIoU over steps: a line for each variant, the mean of its seeds, the span between them shaded."""
+    """mIoU over steps: a line for each variant, the mean of its seeds, the span between them shaded.
+
+    What begins with the weights of another variant goes on where that one ends.
+    """
     figure = Figure(figsize=(11, 6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, runs in results.items():
-        curves = [
-            {record["step"]: record["miou"] * 100 for record in run["records"] if record.get("miou") is not None}
-            for run in runs
-        ]
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        values = np.array([[curve[step] for step in steps] for curve in curves])
-        (line,) = axes.plot(steps, values.mean(0), marker="o", label=name)
+    curves = {name: [_curve(run) for run in runs] for name, runs in results.items()}
+    for variant in (one for one in VARIANTS if one.name in results):
+        own = curves[variant.name]
+        if variant.begins_with in curves:
+            own = [_continued(base, curve) for base, curve in zip(curves[variant.begins_with], own, strict=True)]
+        steps = sorted(set.intersection(*(set(curve) for curve in own)))
+        values = np.array([[curve[step] for step in steps] for curve in own])
+        style = "--" if variant.begins_with else "-"
+        (line,) = axes.plot(steps, values.mean(0), style, marker="o", label=variant.name)
         axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2)
     axes.set_xlabel("step")
     axes.set_ylabel("mIoU on CamVid val, %")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, format="png")
+
+
+def _curve(run: dict[str, Any]) -> dict[int, float]:
+    """mIoU in percent by step."""
+    return {record["step"]: record["miou"] * 100 for record in run["records"] if record.get("miou") is not None}
+
+
+def _continued(base: dict[int, float], curve: dict[int, float]) -> dict[int, float]:
+    """A curve that begins with the last point of another."""
+    end = max(base)
+    return {end: base[end], **{end + step: miou for step, miou in curve.items()}}
 
 
 def _memseg(*arguments: object) -> str:
