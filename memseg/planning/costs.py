@@ -7,11 +7,11 @@ that segment alone allocates. What several segments share (the tensors that pass
 
     saved_bytes             kept from forward to backward inside the segment: neither what it reads nor its output
     forward_peak_bytes      above what was alive when its forward started; so with its output and what it saves
-    backward_peak           above its inputs, its saved bytes and its output's gradient; so with the gradients of its
-                            inputs and parameters, and with whatever it rebuilds
-    backward_peak_adding    the same where parameters have gradients already, so that fresh ones are added to these, one
+    backward_stretches      above its inputs, its saved bytes and its output's gradient; so with the gradients of its
+                            inputs and parameters, and with whatever it rebuilds. In stretches, for what it lets go of
+                            on the way is only free if nobody else holds it
+    ..._stretches_adding    the same where parameters have gradients already, so that fresh ones are added to these, one
                             after the other, and let go of
-
     shared_gradients        storages that gradients of its inputs lie in together: those of a concatenation are views of
                             one, those of a sum are the same tensor
 
@@ -87,25 +87,19 @@ class SharedGradient:
 
 
 @dataclass(frozen=True)
-class BackwardPeak:
-    """The most that a backward takes, in bytes, by what stays until it is over: the segment's output, its gradient."""
+class Stretch:
+    """A part of a backward, between moments at which it lets go of tensors that others may hold as well."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
-    with_neither: int
-    """Nobody else holds them."""
-    with_gradient: int
-    """The gradient shares its storage with one that is still waited for."""
-    with_output: int
-    """The output has gone to another card and lives on; its gradient is made here, for it is read here too."""
-    with_both: int
-    """The output has gone to another card, and the gradient came from there, in a buffer that is there all step."""
-
-    def of(self, *, gradient: bool, output: bool) -> int:
-        """Where these stay, or do not."""
-        if output:
-            return self.with_both if gradient else self.with_output
-        return self.with_gradient if gradient else self.with_neither
+    peak_bytes: int
+    """The most that is taken meanwhile; less than nothing where more has been let go of."""
+    inputs: tuple[int, ...] = ()
+    """Which inputs have been let go of by then, by their places in `SegmentCost.reads`."""
+    output: bool = False
+    """Whether the output has been."""
+    gradient: bool = False
+    """Whether the output's gradient has been."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +116,8 @@ class LevelCost:
     saves_output: bool
     """Must the output live until this segment's backward?"""
     forward_peak_bytes: int
-    backward_peak: BackwardPeak
-    backward_peak_adding: BackwardPeak
+    backward_stretches: tuple[Stretch, ...]
+    backward_stretches_adding: tuple[Stretch, ...]
     forward: Work
     backward: Work
     """Includes what is rebuilt."""

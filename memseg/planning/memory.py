@@ -47,7 +47,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from memseg.levels import Recompute
-from memseg.planning.costs import IMAGES, TARGET, LevelCost, ModelCosts, SegmentCost, SharedGradient, Work
+from memseg.planning.costs import IMAGES, TARGET, LevelCost, ModelCosts, SegmentCost, SharedGradient, Stretch, Work
 
 Pick = tuple[int, int]
 """A segment's position in the model, and a position in its `levels`."""
@@ -136,6 +136,16 @@ class Flow:
     def is_gpipe(self) -> bool:
         """Are all forwards over before the first backward begins?"""
         return self.in_flight == self.micro_batches
+
+
+@dataclass(frozen=True)
+class _Staying:
+    """Of what a segment's backward lets go of, what others hold."""
+
+    input_bytes: tuple[int, ...]
+    """Of each tensor that it reads; 0 for those that nobody else holds."""
+    output: bool
+    gradient: bool
 
 
 class Stage:
@@ -286,12 +296,10 @@ class Stage:
             if maker.output_needs_grad and self._gradient_made(maker, position)
         ]
         terms += self._around_gradients(position)
-        lives_on = segment in self.leaving or self._is_output(segment)
-        gradient_stays = self._gradient_stays(position)
         for number, level in enumerate(segment.levels):
-            peaks = level.backward_peak_adding if made else level.backward_peak
-            size = peaks.of(gradient=gradient_stays, output=lives_on)
-            terms.append(Term(size, Category.TEMPORARY, frozenset({(position, number)})))
+            stretches = level.backward_stretches_adding if made else level.backward_stretches
+            size = max((self._taken(position, one) for one in stretches), default=0)
+            terms.append(Term(max(0, size), Category.TEMPORARY, frozenset({(position, number)})))
         return Moment("backward", segment.name, tuple(terms))
 
     def _gradient_made(self, maker: SegmentCost, position: int) -> bool:
@@ -337,8 +345,47 @@ class Stage:
         reached = [one for one in self._local_readers(segment.name) if one > position]
         return reached == [reader] and segment not in self.leaving
 
+    def _taken(self, position: int, stretch: Stretch) -> int:
+        """The most that a stretch of a backward takes, with what it lets go of and others hold."""
+        segment, staying = self.costs.segments[position], self._staying[position]
+        size = stretch.peak_bytes
+        size += sum(staying.input_bytes[place] for place in stretch.inputs)
+        size += segment.output_bytes * (stretch.output and staying.output)
+        return size + segment.output_bytes * (stretch.gradient and staying.gradient)
+
+    @cached_property
+    def _staying(self) -> dict[int, "_Staying"]:
+        """For each segment, what others hold of what its backward lets go of, at any of their levels."""
+        return {
+            position: _Staying(
+                tuple(self._input_staying(position, name) for name in self.costs.segments[position].reads),
+                self._outlives_backward(position),
+                self._gradient_stays(position),
+            )
+            for position in self.positions
+        }
+
+    def _input_staying(self, position: int, name: str) -> int:
+        """Bytes of a tensor that `position` reads, if others hold it when the backward of `position` is over."""
+        maker = self._position.get(name)
+        if maker is None:
+            return self.costs.image_bytes if name == IMAGES else self.costs.target_bytes
+        is_saved = any(level.saves_output for level in self.costs.segments[maker].levels) or any(
+            level.saves_inputs[self.costs.segments[reader].reads.index(name)]
+            for reader in self._local_readers(name)
+            if reader < position
+            for level in self.costs.segments[reader].levels
+        )
+        stays = maker < self.first or self._outlives_backward(maker) or is_saved
+        return self._output_bytes(maker) if stays else 0
+
+    def _outlives_backward(self, position: int) -> bool:
+        """Is the output of a segment of this stage held until all backward is over?"""
+        segment = self.costs.segments[position]
+        return segment in self.leaving or self._is_output(segment)
+
     def _gradient_stays(self, position: int) -> bool:
-        """Does the gradient of `position`'s output outlive its backward, at some level of what reads it?"""
+        """Does the gradient of a segment's output outlive its backward?"""
         segment = self.costs.segments[position]
         if segment in self.leaving and segment.output_needs_grad and not self._local_readers(segment.name):
             return True

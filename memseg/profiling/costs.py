@@ -26,7 +26,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from memseg.levels import NormMode, Precision, Recompute
 from memseg.models.segmented import IMAGES, SegmentedModel
 from memseg.nn.precision import computing
-from memseg.planning.costs import LOSS, TARGET, BackwardPeak, LevelCost, ModelCosts, SegmentCost, SharedGradient, Work
+from memseg.planning.costs import LOSS, TARGET, LevelCost, ModelCosts, SegmentCost, SharedGradient, Stretch, Work
 from memseg.profiling.imagined_group import imagine_replicas
 from memseg.profiling.jobs.job import OptimizerFactory, fused_adam
 from memseg.profiling.kernels.compiled import compiled_kernels
@@ -245,6 +245,11 @@ class _Step:
             self._saves_inputs = tuple(tracer.is_alive(key) for key in keys)
             self._saves_output = tracer.is_alive(out_key)
             self._output_born = tracer.born(out_key) if self._saves_output else None
+            self._inputs_born = {
+                place: tracer.born(key)
+                for place, (key, saved) in enumerate(zip(keys, self._saves_inputs, strict=True))
+                if saved
+            }
             self._kept = tracer.allocated_bytes
         shared = sum(layout.size_bytes for layout, saved in zip(reads, self._saves_inputs, strict=True) if saved)
         own_output = self._saves_output * self.out.size_bytes
@@ -259,7 +264,6 @@ class _Step:
             self._root.backward()
         del self._root  # whose graph knows this step
         timeline = tracer.timeline()
-        adding = self._with_gradients_added(timeline)
         work = tracer.take_work()
         return LevelCost(
             recompute=level,
@@ -267,32 +271,35 @@ class _Step:
             saves_inputs=self._saves_inputs,
             saves_output=self._saves_output,
             forward_peak_bytes=self._forward_peak,
-            backward_peak=self._backward_peak(timeline),
-            backward_peak_adding=self._backward_peak(adding),
+            backward_stretches=tuple(self._stretches(timeline)),
+            backward_stretches_adding=tuple(self._stretches(self._with_gradients_added(timeline))),
             forward=_total(work, Phase.FORWARD),
             backward=_total(work, Phase.BACKWARD),
             shared_gradients=tuple(self._shared_gradients()),
         )
 
-    def _backward_peak(self, timeline: Timeline) -> BackwardPeak:
+    def _stretches(self, timeline: Timeline) -> Iterator[Stretch]:
+        """What backward takes, from letting go of one tensor that others may hold to letting go of the next."""
         gradient = _gradient_of_output(timeline)
         # Those who made it say what else its storage takes.
-        of_its_size = replace(gradient, size_bytes=self.out.size_bytes)
-        stays = replace(of_its_size, died=timeline.instants)
-
-        def most(gradient_is: Allocation, *, output: bool) -> int:
-            others = (one for one in timeline.allocations if one.born != gradient.born)
-            changed = replace(timeline, allocations=(*others, gradient_is))
-            if output:
-                changed = _with_output_kept(changed, self._output_born)
-            return max(0, _most_in_backward(changed) - self._kept - self.out.size_bytes)
-
-        return BackwardPeak(
-            with_neither=most(of_its_size, output=False),
-            with_gradient=most(stays, output=False),
-            with_output=most(of_its_size, output=True),
-            with_both=most(stays, output=True),
-        )
+        others = (one for one in timeline.allocations if one is not gradient)
+        curve = replace(timeline, allocations=(*others, replace(gradient, size_bytes=self.out.size_bytes))).curve
+        died = {one.born: one.died for one in timeline.allocations}
+        ends = [(died[born], ("input", place)) for place, born in self._inputs_born.items()]
+        ends += [(died[self._output_born], ("output", 0))] if self._output_born is not None else []
+        ends += [(gradient.died, ("gradient", 0)), (timeline.instants, ("nothing", 0))]
+        begin = timeline.backward_start
+        gone: set[tuple[str, int]] = set()
+        for end, (kind, place) in sorted(ends):
+            if end > begin:
+                yield Stretch(
+                    max(curve[begin:end]) - self._kept - self.out.size_bytes,
+                    inputs=tuple(sorted(one for what, one in gone if what == "input")),
+                    output=("output", 0) in gone,
+                    gradient=("gradient", 0) in gone,
+                )
+                begin = end
+            gone.add((kind, place))
 
     @contextmanager
     def _accumulations_seen(self) -> Iterator[None]:
@@ -337,18 +344,6 @@ def _gradient_of_output(timeline: Timeline) -> Allocation:
     """The second thing that backward makes: the first is the gradient of the root, a scalar."""
     _, gradient, *_ = (one for one in timeline.allocations if one.phase is Phase.BACKWARD)
     return gradient
-
-
-def _most_in_backward(timeline: Timeline) -> int:
-    return max(timeline.curve[timeline.backward_start :], default=0)
-
-
-def _with_output_kept(timeline: Timeline, born: int | None) -> Timeline:
-    """As if somebody else held the output, made at that instant, until backward is over; None: it is gone before."""
-    allocations = (
-        replace(one, died=timeline.instants) if one.born == born else one for one in timeline.allocations
-    )  # fmt: skip
-    return replace(timeline, allocations=tuple(allocations))
 
 
 def _total(work: Mapping[tuple[Phase, str], Work], phase: Phase) -> Work:

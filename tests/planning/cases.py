@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from memseg.levels import NormMode, Precision, Recompute
 from memseg.planning import Card, LevelCost, ModelCosts, SegmentCost, Work
-from memseg.planning.costs import BackwardPeak, SharedGradient
+from memseg.planning.costs import SharedGradient, Stretch
 
 LEVELS = list(Recompute)
 
@@ -18,21 +18,18 @@ def level(
     output: bool = False,
     forward: int = 0,
     backward: int = 0,
-    with_gradient: int | None = None,
-    with_output: int | None = None,
-    with_both: int | None = None,
+    then: tuple[Stretch, ...] = (),
     adding: int | None = None,
     shared: tuple[SharedGradient, ...] = (),
     kernels: int = 0,
     flops: int = 1,
     work: tuple[Work, Work] | None = None,
 ) -> LevelCost:
-    """Unless given, what stays adds nothing to `backward`, `adding` is what `backward` is, and `work` is of `flops`."""
-    staying = (backward if size is None else size for size in (with_gradient, with_output, with_both))
-    peak = BackwardPeak(backward, *staying)
-    with_gradients = peak if adding is None else BackwardPeak(adding, adding, adding, adding)
+    """`then` follows `backward`; unless given, `adding` is the same as these, and `work` is of `flops`."""
+    stretches = (Stretch(backward), *then)
+    with_gradients = stretches if adding is None else (Stretch(adding),)
     done = work or (Work(flops, 0), Work(2 * flops, 0))
-    return LevelCost(recompute, saved, inputs, output, forward, peak, with_gradients, *done, shared, kernels)
+    return LevelCost(recompute, saved, inputs, output, forward, stretches, with_gradients, *done, shared, kernels)
 
 
 def segment(name: str, reads: tuple[str, ...], *levels: LevelCost, output: int = 0, **sizes: int) -> SegmentCost:
@@ -59,6 +56,15 @@ def random_model(generator: random.Random, num_segments: int, num_levels: int, l
         some = generator.sample(places, generator.randint(0, len(places)))
         return (SharedGradient(tuple(sorted(some)), size()),) if some else ()
 
+    def stretches(places: int) -> tuple[Stretch, ...]:
+        def gone() -> tuple[int, ...]:
+            return tuple(place for place in range(places) if generator.random() < 0.4)
+
+        return tuple(
+            Stretch(size() - largest // 4, gone(), generator.random() < 0.4, generator.random() < 0.4)
+            for _ in range(generator.randint(1, 4))
+        )
+
     segments = []
     for position in range(num_segments):
         last = position == num_segments - 1
@@ -77,8 +83,8 @@ def random_model(generator: random.Random, num_segments: int, num_levels: int, l
                 saves_inputs=tuple(generator.random() < 0.5 for _ in reads),
                 saves_output=generator.random() < 0.3,
                 forward_peak_bytes=size(),
-                backward_peak=BackwardPeak(size(), size(), size(), size()),
-                backward_peak_adding=BackwardPeak(size(), size(), size(), size()),
+                backward_stretches=stretches(len(reads)),
+                backward_stretches_adding=stretches(len(reads)),
                 forward=Work(generator.randint(1, 30), generator.randint(0, 30)),
                 backward=Work(generator.randint(1, 60), 0),
                 shared_gradients=shared(with_grad),

@@ -5,7 +5,7 @@ import pytest
 
 from memseg.levels import Recompute
 from memseg.planning import ModelCosts, Stage
-from memseg.planning.costs import SharedGradient
+from memseg.planning.costs import SharedGradient, Stretch
 from memseg.planning.memory import Flow
 
 from .cases import level, model, random_model, segment
@@ -132,7 +132,7 @@ def test_a_maker_that_saves_what_leaves_holds_nothing_more(batch: int):
 
 def test_a_gradient_that_arrived_is_not_freed_while_its_segment_works():
     def costs(**loss_reads: tuple[str, ...]) -> ModelCosts:
-        work = level(inputs=(False,), backward=100, with_both=130)
+        work = level(inputs=(False,), backward=100, then=(Stretch(95, gradient=True),))
         return model(
             segment("a", ("images",), work, output=40),
             segment("b", ("a",), work, output=20),
@@ -143,11 +143,11 @@ def test_a_gradient_that_arrived_is_not_freed_while_its_segment_works():
     chain, skip = costs(loss=("c",)), costs(loss=("c", "a"))
     # The gradient of b's output arrives; that of a's is made here, by b.
     first = moments_of(Stage(chain, 0, 1), (0, 0))
-    assert first["backward of b"] == 20 + 20 + 130
+    assert first["backward of b"] == 20 + 20 + (95 + 20)
     assert first["backward of a"] == 20 + 20 + 40 + 100
     # For a's output one arrives from the loss too, but b reads it here: the sum of both is a new tensor.
     skipped = moments_of(Stage(skip, 0, 1), (0, 0))
-    assert skipped["backward of b"] == (40 + 20) + (40 + 20) + 130
+    assert skipped["backward of b"] == (40 + 20) + (40 + 20) + (95 + 20)
     assert skipped["backward of a"] == (40 + 20) + (40 + 20) + 40 + 100
     # On one card nothing arrives.
     assert moments_of(Stage(chain, 0, 3), (0, 0, 0, 0))["backward of b"] == 20 + 100
@@ -155,7 +155,10 @@ def test_a_gradient_that_arrived_is_not_freed_while_its_segment_works():
 
 def test_an_arrived_gradient_takes_no_more_where_the_output_needs_none():
     costs = model(
-        replace(segment("a", ("images",), level(backward=100, with_both=130), output=40), output_needs_grad=False),
+        replace(
+            segment("a", ("images",), level(then=(Stretch(100, gradient=True),)), output=40),
+            output_needs_grad=False,
+        ),
         segment("loss", ("a",), level()),
     )
     assert moments_of(Stage(costs, 0, 0), (0,))["backward of a"] == 40 + 100
@@ -241,6 +244,7 @@ class Walk:
         self.leaving = {s.name for s in self.segments[: last + 1] if any(r > last for r in self.readers[s.name])}
         self.output = {s.name: s.output_bytes for s in self.segments}
         self.needs_grad = {s.name: s.output_needs_grad for s in self.segments} | {"images": False, "target": False}
+        self.batch = {"images": costs.image_bytes, "target": costs.target_bytes}
         here = self.segments[first : last + 1]
         self.fixed = sum(s.parameter_bytes + s.buffer_bytes + s.optimizer_bytes for s in here)
         batch = sum(size for name, size in (("images", costs.image_bytes), ("target", costs.target_bytes))
@@ -298,11 +302,17 @@ class Walk:
                 for level in self.segments[first_reader[own]].levels
                 for shared in level.shared_gradients
             )
-            peaks = cost.backward_peak_adding if len(self.with_gradient) == len(self.chosen) else cost.backward_peak
+            with_gradients = len(self.with_gradient) == len(self.chosen)
+            stretches = cost.backward_stretches_adding if with_gradients else cost.backward_stretches
             stays = received or beside
-            working = [peaks.with_neither, peaks.with_gradient, peaks.with_output, peaks.with_both][
-                stays + 2 * lives_on
-            ]
+            working = max(
+                one.peak_bytes
+                + sum(self.staying(number, p, place) for place in one.inputs)
+                + self.output[own] * (one.output and lives_on)
+                + self.output[own] * (one.gradient and stays)
+                for one in stretches
+            )
+            working = max(0, working)
             gradients = sum(dict(storages.values()).values())
             self.peak = max(self.peak, self.alive() + gradients + working)
             del self.saved[number, p]
@@ -324,6 +334,19 @@ class Walk:
         self.held = {key: holders for key, holders in self.held.items() if key[0] != number}
         if self.flow.is_gpipe and self.flow.micro_batches > 1:
             self.sent += sum(self.output[name] for name in arrived)
+
+    def staying(self, number: int, p: int, place: int) -> int:
+        """Of what p reads, if others hold it: at any of their levels, whichever they have."""
+        name = self.segments[p].reads[place]
+        if name in self.batch:
+            return self.batch[name]
+        maker = [one.name for one in self.segments].index(name)
+        others = [r for r in self.readers[name] if self.first <= r < p]
+        saved = any(one.saves_output for one in self.segments[maker].levels) or any(
+            one.saves_inputs[self.segments[r].reads.index(name)] for r in others for one in self.segments[r].levels
+        )
+        held = maker < self.first or self.held[number, name] & {"caller", "pipeline"}
+        return self.output[name] if held or saved else 0
 
     def run(self) -> int:
         for phase, number in schedule_of(self.flow):

@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import pytest
 from memseg.errors import InputError
 from memseg.levels import NormMode, Schedule, Strategy
 from memseg.planning import Card, LevelCost, ModelCosts, Settings, Stage, Work, Workload, make_plan
-from memseg.planning.costs import BackwardPeak
+from memseg.planning.costs import Stretch
 from memseg.planning.placer import Placer
 from memseg.planning.replicas import best_shares, grids
 from memseg.planning.strategies import Aim, Member, Pipeline, Placement, Slot
@@ -36,16 +36,16 @@ def scaled(costs: ModelCosts, images: int) -> ModelCosts:
     def work(one: Work) -> Work:
         return Work(one.flops * images, one.moved_bytes * images)
 
-    def peaks(one: BackwardPeak) -> BackwardPeak:
-        return BackwardPeak(*(size * images for size in astuple(one)))
+    def longer(stretches: tuple[Stretch, ...]) -> tuple[Stretch, ...]:
+        return tuple(replace(one, peak_bytes=one.peak_bytes * images) for one in stretches)
 
     def of(one: LevelCost) -> LevelCost:
         return replace(
             one,
             saved_bytes=one.saved_bytes * images,
             forward_peak_bytes=one.forward_peak_bytes * images,
-            backward_peak=peaks(one.backward_peak),
-            backward_peak_adding=peaks(one.backward_peak_adding),
+            backward_stretches=longer(one.backward_stretches),
+            backward_stretches_adding=longer(one.backward_stretches_adding),
             shared_gradients=tuple(replace(two, size_bytes=two.size_bytes * images) for two in one.shared_gradients),
             forward=work(one.forward),
             backward=work(one.backward),

@@ -21,7 +21,7 @@ from memseg.profiling.jobs.job import LOSS
 from memseg.profiling.jobs.stage import stage_job
 
 IMAGE, BATCH = (64, 64), 2
-WIDTHS = [8, 16, 32, 64]
+WIDTHS = [8, 16, 32, 64, 512]
 
 
 class Concatenate(nn.Module):
@@ -85,6 +85,27 @@ def residual(width):
     )
 
 
+class Downsampled(nn.Module):
+    """A block's last convolution, which is computed first, and what joins it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.last, self.beside = nn.Conv2d(width, 32, 3, padding=1), nn.Conv2d(16, 32, 1, stride=2)
+
+    def forward(self, inside, x):
+        return self.last(inside) + self.beside(x)
+
+
+def downsampled(width):
+    """A ResNet's block that halves the map, cut in two; both parts keep what the block reads."""
+    return model(
+        Segment("stem", nn.Conv2d(3, 16, 3, padding=1), (IMAGES,)),
+        Segment("first", nn.Sequential(nn.Conv2d(16, width, 3, padding=1, stride=2), nn.Sigmoid()), ("stem",)),
+        Segment("last", Downsampled(width), ("first", "stem")),
+        Segment("logits", nn.Conv2d(32, 5, 1), ("last",)),
+    )
+
+
 def ladder(join, width):
     """A skip that the rest of a split network receives."""
     joined = Blend(16, 16, 8) if join is Blend else join()
@@ -107,6 +128,7 @@ NETWORKS = {
     "sum": partial(branches, Add),
     "skip": skip,
     "residual": residual,
+    "downsampled": downsampled,
 }
 
 
