@@ -21,7 +21,7 @@ from memseg.profiling.jobs.job import LOSS
 from memseg.profiling.jobs.stage import stage_job
 
 IMAGE, BATCH = (64, 64), 2
-WIDTHS = [8, 16, 32, 64, 512]
+WIDTHS = [8, 16, 32, 64]
 
 
 class Concatenate(nn.Module):
@@ -86,11 +86,11 @@ def residual(width):
 
 
 class Downsampled(nn.Module):
-    """A block's last convolution, which is computed first, and what joins it."""
+    """What a block computes last, and what joins it, whose backward comes first."""
 
     def __init__(self, width):
         super().__init__()
-        self.last, self.beside = nn.Conv2d(width, 32, 3, padding=1), nn.Conv2d(16, 32, 1, stride=2)
+        self.last, self.beside = convolutions(8, 32, width), nn.Conv2d(16, 32, 1, stride=2)
 
     def forward(self, inside, x):
         return self.last(inside) + self.beside(x)
@@ -100,7 +100,7 @@ def downsampled(width):
     """A ResNet's block that halves the map, cut in two; both parts keep what the block reads."""
     return model(
         Segment("stem", nn.Conv2d(3, 16, 3, padding=1), (IMAGES,)),
-        Segment("first", nn.Sequential(nn.Conv2d(16, width, 3, padding=1, stride=2), nn.Sigmoid()), ("stem",)),
+        Segment("first", nn.Sequential(nn.Conv2d(16, 8, 3, padding=1, stride=2), nn.Sigmoid()), ("stem",)),
         Segment("last", Downsampled(width), ("first", "stem")),
         Segment("logits", nn.Conv2d(32, 5, 1), ("last",)),
     )
