@@ -103,6 +103,17 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class Arrival:
+    """A part of a backward from when it begins to make the gradient of one of its inputs."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    place: int
+    """Of that input, in `SegmentCost.reads`."""
+    then: Stretch
+
+
+@dataclass(frozen=True)
 class LevelCost:
     """One segment at one recompute level."""
 
@@ -117,7 +128,10 @@ class LevelCost:
     """Must the output live until this segment's backward?"""
     forward_peak_bytes: int
     backward_stretches: tuple[Stretch, ...]
+    """None where nothing in the segment or before it is trained."""
     backward_stretches_adding: tuple[Stretch, ...]
+    arrivals: tuple[Arrival, ...]
+    """Where the sum with a gradient that is there already may take a tensor of its own."""
     forward: Work
     backward: Work
     """Includes what is rebuilt."""

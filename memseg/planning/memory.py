@@ -144,6 +144,8 @@ class _Staying:
 
     input_bytes: tuple[int, ...]
     """Of each tensor that it reads; 0 for those that nobody else holds."""
+    summed_bytes: tuple[int, ...]
+    """Of the sum of each gradient that it makes and one that is there; 0 where there is none, or it can be added to."""
     output: bool
     gradient: bool
 
@@ -298,8 +300,12 @@ class Stage:
         terms += self._around_gradients(position)
         for number, level in enumerate(segment.levels):
             stretches = level.backward_stretches_adding if made else level.backward_stretches
-            size = max((self._taken(position, one) for one in stretches), default=0)
-            terms.append(Term(max(0, size), Category.TEMPORARY, frozenset({(position, number)})))
+            sizes = [0, *(self._taken(position, one) for one in stretches)]
+            sizes += [
+                self._taken(position, arrival.then) + self._staying[position].summed_bytes[arrival.place]
+                for arrival in level.arrivals
+            ]
+            terms.append(Term(max(sizes), Category.TEMPORARY, frozenset({(position, number)})))
         return Moment("backward", segment.name, tuple(terms))
 
     def _gradient_made(self, maker: SegmentCost, position: int) -> bool:
@@ -359,6 +365,7 @@ class Stage:
         return {
             position: _Staying(
                 tuple(self._input_staying(position, name) for name in self.costs.segments[position].reads),
+                tuple(self._summed_bytes(position, name) for name in self.costs.segments[position].reads),
                 self._outlives_backward(position),
                 self._gradient_stays(position),
             )
@@ -378,6 +385,20 @@ class Stage:
         )
         stays = maker < self.first or self._outlives_backward(maker) or is_saved
         return self._output_bytes(maker) if stays else 0
+
+    def _summed_bytes(self, position: int, name: str) -> int:
+        """Autograd adds in place to a gradient that nobody else holds and that lies in a storage of its own."""
+        maker = self._position.get(name)
+        if maker is None or not self.costs.segments[maker].output_needs_grad:
+            return 0
+        is_view = any(
+            maker in makers
+            for reader in self._local_readers(name)
+            if reader > position
+            for level in self.costs.segments[reader].levels
+            for _, makers in self._lying_in(reader, level, position)
+        )
+        return self._output_bytes(maker) if is_view or self.costs.segments[maker] in self.leaving else 0
 
     def _outlives_backward(self, position: int) -> bool:
         """Is the output of a segment of this stage held until all backward is over?"""

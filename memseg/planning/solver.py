@@ -143,11 +143,6 @@ def _level_seconds(stage: Stage, card: Card) -> list[list[float]]:
     return stage.costs.level_seconds(card)[stage.first : stage.last + 1]
 
 
-_OPTIONS = {"mip_rel_gap": 0.0, "presolve": False}
-"""With presolve, HiGHS of SciPy 1.17.1 has called an answer the best that was not (tests/planning/test_solver.py finds
-one in 480), and is no faster."""
-
-
 class _Program:
     """The mixed-integer program of a column. Columns: every x, then every z, then what is minimised where it is no sum.
 
@@ -293,7 +288,8 @@ class _Program:
                 integrality=integrality,
                 bounds=Bounds(lowest, highest),
                 constraints=[*self._rules, *rows],
-                options=_OPTIONS,
+                # With presolve, HiGHS of SciPy 1.17.1 has called an answer the best that was not; it is no faster.
+                options={"mip_rel_gap": 0.0, "presolve": False},
             )
         if result.status == _INFEASIBLE:
             return None

@@ -26,7 +26,17 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from memseg.levels import NormMode, Precision, Recompute
 from memseg.models.segmented import IMAGES, SegmentedModel
 from memseg.nn.precision import computing
-from memseg.planning.costs import LOSS, TARGET, LevelCost, ModelCosts, SegmentCost, SharedGradient, Stretch, Work
+from memseg.planning.costs import (
+    LOSS,
+    TARGET,
+    Arrival,
+    LevelCost,
+    ModelCosts,
+    SegmentCost,
+    SharedGradient,
+    Stretch,
+    Work,
+)
 from memseg.profiling.imagined_group import imagine_replicas
 from memseg.profiling.jobs.job import OptimizerFactory, fused_adam
 from memseg.profiling.kernels.compiled import compiled_kernels
@@ -257,11 +267,12 @@ class _Step:
 
     def cost(self, level: Recompute, grad_stride: tuple[int, ...]) -> LevelCost:
         """Run backward, where the gradient of the output lies as given; the whole cost."""
-        tracer = self._tracer
+        tracer, has_backward = self._tracer, self.out.needs_grad
         self._grad_stride.append(grad_stride)
-        with tracer, self._accumulations_seen():
-            tracer.begin(Phase.BACKWARD)
-            self._root.backward()
+        if has_backward:
+            with tracer, self._accumulations_seen():
+                tracer.begin(Phase.BACKWARD)
+                self._root.backward()
         del self._root  # whose graph knows this step
         timeline = tracer.timeline()
         work = tracer.take_work()
@@ -271,35 +282,54 @@ class _Step:
             saves_inputs=self._saves_inputs,
             saves_output=self._saves_output,
             forward_peak_bytes=self._forward_peak,
-            backward_stretches=tuple(self._stretches(timeline)),
-            backward_stretches_adding=tuple(self._stretches(self._with_gradients_added(timeline))),
+            backward_stretches=tuple(self._stretches(timeline)) if has_backward else (),
+            backward_stretches_adding=tuple(self._stretches(self._with_gradients_added(timeline)))
+            if has_backward
+            else (),
+            arrivals=tuple(self._arrivals(timeline)),
             forward=_total(work, Phase.FORWARD),
             backward=_total(work, Phase.BACKWARD),
             shared_gradients=tuple(self._shared_gradients()),
         )
 
-    def _stretches(self, timeline: Timeline) -> Iterator[Stretch]:
+    def _stretches(self, timeline: Timeline, since: int = 0) -> Iterator[Stretch]:
         """What backward takes, from letting go of one tensor that others may hold to letting go of the next."""
+        begin = max(timeline.backward_start, since)
+        for end in sorted({*self._ends(timeline).values(), timeline.instants}):
+            if end > begin:
+                yield self._stretch(timeline, begin, end)
+                begin = end
+
+    def _arrivals(self, timeline: Timeline) -> Iterator[Arrival]:
+        """For each gradient of an input, what is taken from when its storage is made on.
+
+        What is taken when it is handed on, a little later, is less by what the node that makes it still takes itself.
+        """
+        for place, gradient in sorted(self.arrived.items()):
+            for stretch in self._stretches(timeline, gradient.storage):
+                yield Arrival(place, stretch)
+
+    def _stretch(self, timeline: Timeline, begin: int, end: int) -> Stretch:
         gradient = _gradient_of_output(timeline)
         # Those who made it say what else its storage takes.
         others = (one for one in timeline.allocations if one is not gradient)
         curve = replace(timeline, allocations=(*others, replace(gradient, size_bytes=self.out.size_bytes))).curve
+        gone = {what for what, died in self._ends(timeline).items() if died <= begin}
+        return Stretch(
+            max(curve[begin:end]) - self._kept - self.out.size_bytes,
+            inputs=tuple(sorted(what for what in gone if isinstance(what, int))),
+            output="output" in gone,
+            gradient="gradient" in gone,
+        )
+
+    def _ends(self, timeline: Timeline) -> dict[int | str, int]:
+        """The instants at which backward lets go of inputs, by their places, of the output and of its gradient."""
         died = {one.born: one.died for one in timeline.allocations}
-        ends = [(died[born], ("input", place)) for place, born in self._inputs_born.items()]
-        ends += [(died[self._output_born], ("output", 0))] if self._output_born is not None else []
-        ends += [(gradient.died, ("gradient", 0)), (timeline.instants, ("nothing", 0))]
-        begin = timeline.backward_start
-        gone: set[tuple[str, int]] = set()
-        for end, (kind, place) in sorted(ends):
-            if end > begin:
-                yield Stretch(
-                    max(curve[begin:end]) - self._kept - self.out.size_bytes,
-                    inputs=tuple(sorted(one for what, one in gone if what == "input")),
-                    output=("output", 0) in gone,
-                    gradient=("gradient", 0) in gone,
-                )
-                begin = end
-            gone.add((kind, place))
+        ends: dict[int | str, int] = {place: died[born] for place, born in self._inputs_born.items()}
+        ends["gradient"] = _gradient_of_output(timeline).died
+        if self._output_born is not None:
+            ends["output"] = died[self._output_born]
+        return ends
 
     @contextmanager
     def _accumulations_seen(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from memseg.levels import NormMode, Precision, Recompute
 from memseg.planning import Card, LevelCost, ModelCosts, SegmentCost, Work
-from memseg.planning.costs import SharedGradient, Stretch
+from memseg.planning.costs import Arrival, SharedGradient, Stretch
 
 LEVELS = list(Recompute)
 
@@ -20,6 +20,7 @@ def level(
     backward: int = 0,
     then: tuple[Stretch, ...] = (),
     adding: int | None = None,
+    arrivals: tuple[Arrival, ...] = (),
     shared: tuple[SharedGradient, ...] = (),
     kernels: int = 0,
     flops: int = 1,
@@ -29,7 +30,9 @@ def level(
     stretches = (Stretch(backward), *then)
     with_gradients = stretches if adding is None else (Stretch(adding),)
     done = work or (Work(flops, 0), Work(2 * flops, 0))
-    return LevelCost(recompute, saved, inputs, output, forward, stretches, with_gradients, *done, shared, kernels)
+    return LevelCost(
+        recompute, saved, inputs, output, forward, stretches, with_gradients, arrivals, *done, shared, kernels
+    )
 
 
 def segment(name: str, reads: tuple[str, ...], *levels: LevelCost, output: int = 0, **sizes: int) -> SegmentCost:
@@ -85,6 +88,7 @@ def random_model(generator: random.Random, num_segments: int, num_levels: int, l
                 forward_peak_bytes=size(),
                 backward_stretches=stretches(len(reads)),
                 backward_stretches_adding=stretches(len(reads)),
+                arrivals=tuple(Arrival(place, stretch) for place in with_grad for stretch in stretches(len(reads))),
                 forward=Work(generator.randint(1, 30), generator.randint(0, 30)),
                 backward=Work(generator.randint(1, 60), 0),
                 shared_gradients=shared(with_grad),

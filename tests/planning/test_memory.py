@@ -305,12 +305,17 @@ class Walk:
             with_gradients = len(self.with_gradient) == len(self.chosen)
             stretches = cost.backward_stretches_adding if with_gradients else cost.backward_stretches
             stays = received or beside
+            sums = [self.summed(p, place, first_reader) for place in range(len(self.segments[p].reads))]
             working = max(
-                one.peak_bytes
+                more
+                + one.peak_bytes
                 + sum(self.staying(number, p, place) for place in one.inputs)
                 + self.output[own] * (one.output and lives_on)
                 + self.output[own] * (one.gradient and stays)
-                for one in stretches
+                for more, one in [
+                    *((0, one) for one in stretches),
+                    *((sums[one.place], one.then) for one in cost.arrivals),
+                ]
             )
             working = max(0, working)
             gradients = sum(dict(storages.values()).values())
@@ -334,6 +339,19 @@ class Walk:
         self.held = {key: holders for key, holders in self.held.items() if key[0] != number}
         if self.flow.is_gpipe and self.flow.micro_batches > 1:
             self.sent += sum(self.output[name] for name in arrived)
+
+    def summed(self, p: int, place: int, first_reader: dict[str, int]) -> int:
+        """Of the sum with a gradient that is there, where that is no tensor of its own, at any level of its reader."""
+        name = self.segments[p].reads[place]
+        if name in self.batch or not self.needs_grad[name]:
+            return 0
+        reader = first_reader.get(name)
+        is_view = reader is not None and any(
+            self.segments[reader].reads.index(name) in shared.places
+            for level in self.segments[reader].levels
+            for shared in level.shared_gradients
+        )
+        return self.output[name] if is_view or name in self.leaving else 0
 
     def staying(self, number: int, p: int, place: int) -> int:
         """Of what p reads, if others hold it: at any of their levels, whichever they have."""

@@ -46,6 +46,7 @@ def scaled(costs: ModelCosts, images: int) -> ModelCosts:
             forward_peak_bytes=one.forward_peak_bytes * images,
             backward_stretches=longer(one.backward_stretches),
             backward_stretches_adding=longer(one.backward_stretches_adding),
+            arrivals=tuple(replace(two, then=longer((two.then,))[0]) for two in one.arrivals),
             shared_gradients=tuple(replace(two, size_bytes=two.size_bytes * images) for two in one.shared_gradients),
             forward=work(one.forward),
             backward=work(one.backward),

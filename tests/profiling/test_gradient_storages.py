@@ -73,6 +73,16 @@ def skip(width):
     )
 
 
+def thin_skip(width):
+    """The same, where the map is kept and the second gradient of it comes when all else is small."""
+    return model(
+        Segment("fine", nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU()), (IMAGES,)),
+        Segment("coarse", nn.Conv2d(width, 8, 1), ("fine",)),
+        Segment("joined", ConcatenateUpsampled(), ("coarse", "fine")),
+        Segment("logits", nn.Conv2d(width + 8, 5, 1), ("joined",)),
+    )
+
+
 def residual(width):
     """Two blocks with the identity beside them."""
     return model(
@@ -82,6 +92,16 @@ def residual(width):
         Segment("block2", convolutions(16, 16, width), ("sum1",)),
         Segment("sum2", Add(), ("block2", "sum1")),
         Segment("logits", nn.Conv2d(16, 5, 1), ("sum2",)),
+    )
+
+
+def frozen(width):
+    """A first segment that nothing is trained in, and so has no backward."""
+    return model(
+        Segment("fixed", convolutions(3, 16, width).requires_grad_(False), (IMAGES,)),
+        Segment("fine", convolutions(16, 16, width), ("fixed",)),
+        Segment("sum", Add(), ("fine", "fixed")),
+        Segment("logits", nn.Conv2d(16, 5, 1), ("sum",)),
     )
 
 
@@ -127,9 +147,15 @@ NETWORKS = {
     "concatenation": partial(branches, Concatenate),
     "sum": partial(branches, Add),
     "skip": skip,
+    "thin skip": thin_skip,
     "residual": residual,
     "downsampled": downsampled,
+    "frozen": frozen,
 }
+
+
+ABOVE = {"thin skip": 1.11, "residual": 1.04}
+"""Where two gradients are summed while little else is there, what makes the second is taken to be at work still."""
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -139,7 +165,7 @@ def test_joins_are_never_predicted_too_low(name, width):
     found = costs(build)
     predicted = Stage(found, 0, len(found.segments) - 1).peak_of([0] * len(found.segments)).size
     traced = profile_step(build, image=IMAGE, batch=BATCH).timeline.peak_allocated_bytes
-    assert traced <= predicted <= 1.001 * traced
+    assert traced <= predicted <= ABOVE.get(name, 1.001) * traced
 
 
 @pytest.mark.parametrize("width", WIDTHS)
