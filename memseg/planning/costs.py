@@ -132,6 +132,7 @@ class LevelCost:
     backward_stretches_adding: tuple[Stretch, ...]
     arrivals: tuple[Arrival, ...]
     """Where the sum with a gradient that is there already may take a tensor of its own."""
+    arrivals_adding: tuple[Arrival, ...]
     forward: Work
     backward: Work
     """Includes what is rebuilt."""

@@ -275,6 +275,7 @@ class _Step:
                 self._root.backward()
         del self._root  # whose graph knows this step
         timeline = tracer.timeline()
+        adding = self._with_gradients_added(timeline)
         work = tracer.take_work()
         return LevelCost(
             recompute=level,
@@ -283,10 +284,9 @@ class _Step:
             saves_output=self._saves_output,
             forward_peak_bytes=self._forward_peak,
             backward_stretches=tuple(self._stretches(timeline)) if has_backward else (),
-            backward_stretches_adding=tuple(self._stretches(self._with_gradients_added(timeline)))
-            if has_backward
-            else (),
+            backward_stretches_adding=tuple(self._stretches(adding)) if has_backward else (),
             arrivals=tuple(self._arrivals(timeline)),
+            arrivals_adding=tuple(self._arrivals(adding)),
             forward=_total(work, Phase.FORWARD),
             backward=_total(work, Phase.BACKWARD),
             shared_gradients=tuple(self._shared_gradients()),

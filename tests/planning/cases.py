@@ -31,7 +31,7 @@ def level(
     with_gradients = stretches if adding is None else (Stretch(adding),)
     done = work or (Work(flops, 0), Work(2 * flops, 0))
     return LevelCost(
-        recompute, saved, inputs, output, forward, stretches, with_gradients, arrivals, *done, shared, kernels
+        recompute, saved, inputs, output, forward, stretches, with_gradients, arrivals, arrivals, *done, shared, kernels
     )
 
 
@@ -68,6 +68,9 @@ def random_model(generator: random.Random, num_segments: int, num_levels: int, l
             for _ in range(generator.randint(1, 4))
         )
 
+    def arrivals(places: list[int], among: int) -> tuple[Arrival, ...]:
+        return tuple(Arrival(place, stretch) for place in places for stretch in stretches(among))
+
     segments = []
     for position in range(num_segments):
         last = position == num_segments - 1
@@ -88,7 +91,8 @@ def random_model(generator: random.Random, num_segments: int, num_levels: int, l
                 forward_peak_bytes=size(),
                 backward_stretches=stretches(len(reads)),
                 backward_stretches_adding=stretches(len(reads)),
-                arrivals=tuple(Arrival(place, stretch) for place in with_grad for stretch in stretches(len(reads))),
+                arrivals=arrivals(with_grad, len(reads)),
+                arrivals_adding=arrivals(with_grad, len(reads)),
                 forward=Work(generator.randint(1, 30), generator.randint(0, 30)),
                 backward=Work(generator.randint(1, 60), 0),
                 shared_gradients=shared(with_grad),

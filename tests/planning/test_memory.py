@@ -304,6 +304,7 @@ class Walk:
             )
             with_gradients = len(self.with_gradient) == len(self.chosen)
             stretches = cost.backward_stretches_adding if with_gradients else cost.backward_stretches
+            arrivals = cost.arrivals_adding if with_gradients else cost.arrivals
             stays = received or beside
             sums = [self.summed(p, place, first_reader) for place in range(len(self.segments[p].reads))]
             working = max(
@@ -314,7 +315,7 @@ class Walk:
                 + self.output[own] * (one.gradient and stays)
                 for more, one in [
                     *((0, one) for one in stretches),
-                    *((sums[one.place], one.then) for one in cost.arrivals),
+                    *((sums[one.place], one.then) for one in arrivals),
                 ]
             )
             working = max(0, working)
