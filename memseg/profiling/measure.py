@@ -1,8 +1,9 @@
 """What a step really allocates on this machine, by the CPU allocator's own count.
 
 torch keeps peak statistics for CUDA but none for its CPU allocator. Its profiler, though, is told of every allocation
-and free; adding them up in order gives the allocator's exact count. Memory that libraries take behind the allocator's
-back (compiled kernels, the heap's slack) is not in it.
+and free of the thread that started it; adding them up in order gives the allocator's exact count, as long as no other
+thread frees what this one allocated. Memory that libraries take behind the allocator's back (compiled kernels, the
+heap's slack) is not in it.
 
 `torch.profiler.profile` would keep a record of every operation too, which takes as much memory as a small step itself:
 ladder-densenet121 with 2 images of 512x1024, units, took 1324 MiB under it and 590 without. So the profiler is started

@@ -22,8 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 _UNTIL_SETTLED = 2
 """Averaged passes after which gradients are views of buckets that stay. Source: `DistributedDataParallel._pre_forward`
 and Reducer::rebuild_buckets in torch/csrc/distributed/c10d/reducer.cpp, torch 2.14.1."""
-
-
 _STRIDES_OF_1X1 = r"Grad strides do not match bucket view strides[\s\S]*grad\.sizes\(\) = \[\d+, \d+, 1, 1\]"
 """A warning about 1x1 convolutions, whose gradients lie as their weights do but for strides that are never taken.
 Source: Reducer::check_grad_layout, which compares those too."""
@@ -42,8 +40,15 @@ class Replica:
         self._parallel: DistributedDataParallel | None = None
         if group is not None:
             warnings.filterwarnings("ignore", _STRIDES_OF_1X1, UserWarning)
+            # DistributedDataParallel would send a flat copy of all of them.
+            for tensor in (*module.parameters(), *module.buffers()):
+                distributed.broadcast(tensor.detach(), group=group, group_src=0)
             self._parallel = DistributedDataParallel(
-                module, process_group=group, forward_sync_buffers=False, gradient_as_bucket_view=True
+                module,
+                process_group=group,
+                forward_sync_buffers=False,
+                gradient_as_bucket_view=True,
+                init_sync=False,
             )
 
     @property
