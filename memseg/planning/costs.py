@@ -7,10 +7,10 @@ that segment alone allocates. What several segments share (the tensors that pass
 
     saved_bytes             kept from forward to backward inside the segment: neither what it reads nor its output
     forward_peak_bytes      above what was alive when its forward started; so with its output and what it saves
-    backward_stretches      above its inputs, its saved bytes and its output's gradient; so with the gradients of its
+    backward_memory         above its inputs, its saved bytes and its output's gradient; so with the gradients of its
                             inputs and parameters, and with whatever it rebuilds. In stretches, for what it lets go of
                             on the way is only free if nobody else holds it
-    ..._stretches_adding    the same where parameters have gradients already, so that fresh ones are added to these, one
+    backward_memory_adding  the same where parameters have gradients already, so that fresh ones are added to these, one
                             after the other, and let go of
     shared_gradients        storages that gradients of its inputs lie in together: those of a concatenation are views of
                             one, those of a sum are the same tensor
@@ -114,6 +114,17 @@ class Arrival:
 
 
 @dataclass(frozen=True)
+class BackwardMemory:
+    """What a backward takes; empty where nothing in the segment or before it is trained."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    stretches: tuple[Stretch, ...] = ()
+    arrivals: tuple[Arrival, ...] = ()
+    """Where the sum with a gradient that is there already may take a tensor of its own."""
+
+
+@dataclass(frozen=True)
 class LevelCost:
     """One segment at one recompute level."""
 
@@ -127,12 +138,8 @@ class LevelCost:
     saves_output: bool
     """Must the output live until this segment's backward?"""
     forward_peak_bytes: int
-    backward_stretches: tuple[Stretch, ...]
-    """None where nothing in the segment or before it is trained."""
-    backward_stretches_adding: tuple[Stretch, ...]
-    arrivals: tuple[Arrival, ...]
-    """Where the sum with a gradient that is there already may take a tensor of its own."""
-    arrivals_adding: tuple[Arrival, ...]
+    backward_memory: BackwardMemory
+    backward_memory_adding: BackwardMemory
     forward: Work
     backward: Work
     """Includes what is rebuilt."""

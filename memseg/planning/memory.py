@@ -299,12 +299,11 @@ class Stage:
         ]
         terms += self._around_gradients(position)
         for number, level in enumerate(segment.levels):
-            stretches = level.backward_stretches_adding if made else level.backward_stretches
-            arrivals = level.arrivals_adding if made else level.arrivals
-            sizes = [0, *(self._taken(position, one) for one in stretches)]
+            memory = level.backward_memory_adding if made else level.backward_memory
+            sizes = [0, *(self._taken(position, one) for one in memory.stretches)]
             sizes += [
                 self._taken(position, arrival.then) + self._staying[position].summed_bytes[arrival.place]
-                for arrival in arrivals
+                for arrival in memory.arrivals
             ]
             terms.append(Term(max(sizes), Category.TEMPORARY, frozenset({(position, number)})))
         return Moment("backward", segment.name, tuple(terms))

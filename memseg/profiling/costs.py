@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from memseg.planning.costs import (
     LOSS,
     TARGET,
     Arrival,
+    BackwardMemory,
     LevelCost,
     ModelCosts,
     SegmentCost,
@@ -275,7 +277,6 @@ class _Step:
                 self._root.backward()
         del self._root  # whose graph knows this step
         timeline = tracer.timeline()
-        adding = self._with_gradients_added(timeline)
         work = tracer.take_work()
         return LevelCost(
             recompute=level,
@@ -283,50 +284,47 @@ class _Step:
             saves_inputs=self._saves_inputs,
             saves_output=self._saves_output,
             forward_peak_bytes=self._forward_peak,
-            backward_stretches=tuple(self._stretches(timeline)) if has_backward else (),
-            backward_stretches_adding=tuple(self._stretches(adding)) if has_backward else (),
-            arrivals=tuple(self._arrivals(timeline)),
-            arrivals_adding=tuple(self._arrivals(adding)),
+            backward_memory=self._backward_memory(timeline) if has_backward else BackwardMemory(),
+            backward_memory_adding=self._backward_memory(self._with_gradients_added(timeline))
+            if has_backward
+            else BackwardMemory(),
             forward=_total(work, Phase.FORWARD),
             backward=_total(work, Phase.BACKWARD),
             shared_gradients=tuple(self._shared_gradients()),
         )
 
-    def _stretches(self, timeline: Timeline, since: int = 0) -> Iterator[Stretch]:
-        """What backward takes, from letting go of one tensor that others may hold to letting go of the next."""
-        begin = max(timeline.backward_start, since)
-        for end in sorted({*self._ends(timeline).values(), timeline.instants}):
-            if end > begin:
-                yield self._stretch(timeline, begin, end)
-                begin = end
-
-    def _arrivals(self, timeline: Timeline) -> Iterator[Arrival]:
-        """For each gradient of an input, what is taken from when its storage is made on.
-
-        What is taken when it is handed on, a little later, is less by what the node that makes it still takes itself.
-        """
-        for place, gradient in sorted(self.arrived.items()):
-            for stretch in self._stretches(timeline, gradient.storage):
-                yield Arrival(place, stretch)
-
-    def _stretch(self, timeline: Timeline, begin: int, end: int) -> Stretch:
+    def _backward_memory(self, timeline: Timeline) -> BackwardMemory:
         gradient = _gradient_of_output(timeline)
         # Those who made it say what else its storage takes.
         others = (one for one in timeline.allocations if one is not gradient)
         curve = replace(timeline, allocations=(*others, replace(gradient, size_bytes=self.out.size_bytes))).curve
-        gone = {what for what, died in self._ends(timeline).items() if died <= begin}
-        return Stretch(
-            max(curve[begin:end]) - self._kept - self.out.size_bytes,
-            inputs=tuple(sorted(what for what in gone if isinstance(what, int))),
-            output="output" in gone,
-            gradient="gradient" in gone,
-        )
+        ends = self._ends(timeline, gradient)
+        bounds = sorted({*ends.values(), timeline.instants})
 
-    def _ends(self, timeline: Timeline) -> dict[int | str, int]:
+        def stretches(since: int) -> Iterator[Stretch]:
+            """From letting go of one tensor that others may hold to letting go of the next."""
+            for begin, end in pairwise([since, *(bound for bound in bounds if bound > since)]):
+                gone = {what for what, died in ends.items() if died <= begin}
+                yield Stretch(
+                    max(curve[begin:end]) - self._kept - self.out.size_bytes,
+                    inputs=tuple(sorted(what for what in gone if isinstance(what, int))),
+                    output="output" in gone,
+                    gradient="gradient" in gone,
+                )
+
+        # A gradient is handed on a little after its storage was made, when less is taken by what makes it.
+        arrivals = [
+            Arrival(place, stretch)
+            for place, arrived in sorted(self.arrived.items())
+            for stretch in stretches(max(timeline.backward_start, arrived.storage))
+        ]
+        return BackwardMemory(tuple(stretches(timeline.backward_start)), tuple(arrivals))
+
+    def _ends(self, timeline: Timeline, gradient: Allocation) -> dict[int | str, int]:
         """The instants at which backward lets go of inputs, by their places, of the output and of its gradient."""
         died = {one.born: one.died for one in timeline.allocations}
         ends: dict[int | str, int] = {place: died[born] for place, born in self._inputs_born.items()}
-        ends["gradient"] = _gradient_of_output(timeline).died
+        ends["gradient"] = gradient.died
         if self._output_born is not None:
             ends["output"] = died[self._output_born]
         return ends

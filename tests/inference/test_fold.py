@@ -8,9 +8,8 @@ from memseg.inference.fold import fold_norms
 from memseg.inference.plain import AVG_POOL, CONV, NORM, plain_graph
 from memseg.inference.quantize import quantize, why_not_quantized
 
-needs_vnni = pytest.mark.skipif(
-    why_not_quantized(torch.device("cpu")) is not None, reason="the processor has no 8-bit convolutions"
-)
+why_not = why_not_quantized(torch.device("cpu"))
+needs_vnni = pytest.mark.skipif(why_not is not None, reason=str(why_not))
 
 
 def targets(graph, target):

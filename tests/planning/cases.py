@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from memseg.levels import NormMode, Precision, Recompute
 from memseg.planning import Card, LevelCost, ModelCosts, SegmentCost, Work
-from memseg.planning.costs import Arrival, SharedGradient, Stretch
+from memseg.planning.costs import Arrival, BackwardMemory, SharedGradient, Stretch
 
 LEVELS = list(Recompute)
 
@@ -20,19 +20,16 @@ def level(
     backward: int = 0,
     then: tuple[Stretch, ...] = (),
     adding: int | None = None,
-    arrivals: tuple[Arrival, ...] = (),
     shared: tuple[SharedGradient, ...] = (),
     kernels: int = 0,
     flops: int = 1,
     work: tuple[Work, Work] | None = None,
 ) -> LevelCost:
     """`then` follows `backward`; unless given, `adding` is the same as these, and `work` is of `flops`."""
-    stretches = (Stretch(backward), *then)
-    with_gradients = stretches if adding is None else (Stretch(adding),)
+    memory = BackwardMemory((Stretch(backward), *then))
+    with_gradients = memory if adding is None else BackwardMemory((Stretch(adding),))
     done = work or (Work(flops, 0), Work(2 * flops, 0))
-    return LevelCost(
-        recompute, saved, inputs, output, forward, stretches, with_gradients, arrivals, arrivals, *done, shared, kernels
-    )
+    return LevelCost(recompute, saved, inputs, output, forward, memory, with_gradients, *done, shared, kernels)
 
 
 def segment(name: str, reads: tuple[str, ...], *levels: LevelCost, output: int = 0, **sizes: int) -> SegmentCost:
@@ -68,8 +65,9 @@ def random_model(generator: random.Random, num_segments: int, num_levels: int, l
             for _ in range(generator.randint(1, 4))
         )
 
-    def arrivals(places: list[int], among: int) -> tuple[Arrival, ...]:
-        return tuple(Arrival(place, stretch) for place in places for stretch in stretches(among))
+    def memory(trained: list[int], places: int) -> BackwardMemory:
+        arrivals = (Arrival(place, stretch) for place in trained for stretch in stretches(places))
+        return BackwardMemory(stretches(places), tuple(arrivals))
 
     segments = []
     for position in range(num_segments):
@@ -89,10 +87,8 @@ def random_model(generator: random.Random, num_segments: int, num_levels: int, l
                 saves_inputs=tuple(generator.random() < 0.5 for _ in reads),
                 saves_output=generator.random() < 0.3,
                 forward_peak_bytes=size(),
-                backward_stretches=stretches(len(reads)),
-                backward_stretches_adding=stretches(len(reads)),
-                arrivals=arrivals(with_grad, len(reads)),
-                arrivals_adding=arrivals(with_grad, len(reads)),
+                backward_memory=memory(with_grad, len(reads)),
+                backward_memory_adding=memory(with_grad, len(reads)),
                 forward=Work(generator.randint(1, 30), generator.randint(0, 30)),
                 backward=Work(generator.randint(1, 60), 0),
                 shared_gradients=shared(with_grad),

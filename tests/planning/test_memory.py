@@ -303,8 +303,7 @@ class Walk:
                 for shared in level.shared_gradients
             )
             with_gradients = len(self.with_gradient) == len(self.chosen)
-            stretches = cost.backward_stretches_adding if with_gradients else cost.backward_stretches
-            arrivals = cost.arrivals_adding if with_gradients else cost.arrivals
+            memory = cost.backward_memory_adding if with_gradients else cost.backward_memory
             stays = received or beside
             sums = [self.summed(p, place, first_reader) for place in range(len(self.segments[p].reads))]
             working = max(
@@ -314,8 +313,8 @@ class Walk:
                 + self.output[own] * (one.output and lives_on)
                 + self.output[own] * (one.gradient and stays)
                 for more, one in [
-                    *((0, one) for one in stretches),
-                    *((sums[one.place], one.then) for one in arrivals),
+                    *((0, one) for one in memory.stretches),
+                    *((sums[one.place], one.then) for one in memory.arrivals),
                 ]
             )
             working = max(0, working)

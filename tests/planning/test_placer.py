@@ -13,7 +13,7 @@ import pytest
 from memseg.errors import InputError
 from memseg.levels import NormMode, Schedule, Strategy
 from memseg.planning import Card, LevelCost, ModelCosts, Settings, Stage, Work, Workload, make_plan
-from memseg.planning.costs import Arrival, Stretch
+from memseg.planning.costs import BackwardMemory, Stretch
 from memseg.planning.placer import Placer
 from memseg.planning.replicas import best_shares, grids
 from memseg.planning.strategies import Aim, Member, Pipeline, Placement, Slot
@@ -36,21 +36,20 @@ def scaled(costs: ModelCosts, images: int) -> ModelCosts:
     def work(one: Work) -> Work:
         return Work(one.flops * images, one.moved_bytes * images)
 
-    def longer(stretches: tuple[Stretch, ...]) -> tuple[Stretch, ...]:
-        return tuple(replace(one, peak_bytes=one.peak_bytes * images) for one in stretches)
+    def longer(one: Stretch) -> Stretch:
+        return replace(one, peak_bytes=one.peak_bytes * images)
 
-    def later(arrivals: tuple[Arrival, ...]) -> tuple[Arrival, ...]:
-        return tuple(replace(one, then=longer((one.then,))[0]) for one in arrivals)
+    def memory(one: BackwardMemory) -> BackwardMemory:
+        arrivals = (replace(two, then=longer(two.then)) for two in one.arrivals)
+        return BackwardMemory(tuple(map(longer, one.stretches)), tuple(arrivals))
 
     def of(one: LevelCost) -> LevelCost:
         return replace(
             one,
             saved_bytes=one.saved_bytes * images,
             forward_peak_bytes=one.forward_peak_bytes * images,
-            backward_stretches=longer(one.backward_stretches),
-            backward_stretches_adding=longer(one.backward_stretches_adding),
-            arrivals=later(one.arrivals),
-            arrivals_adding=later(one.arrivals_adding),
+            backward_memory=memory(one.backward_memory),
+            backward_memory_adding=memory(one.backward_memory_adding),
             shared_gradients=tuple(replace(two, size_bytes=two.size_bytes * images) for two in one.shared_gradients),
             forward=work(one.forward),
             backward=work(one.backward),
