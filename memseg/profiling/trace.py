@@ -9,6 +9,7 @@ Layers are known in forward by module hooks. In backward the running autograd no
 between those that were current when its module was entered and left.
 """
 
+import sys
 import weakref
 from bisect import bisect_right
 from collections import defaultdict
@@ -16,11 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -129,6 +131,12 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._card = 0
         self._last = ""
 
+    def __enter__(self) -> Self:
+        # Found before anything is traced, as it takes a backward of its own.
+        self._holders_of_nobodys = _holders_of_nobodys()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
     @contextmanager
     def tracing(self) -> Iterator["StepTracer"]:
         """Enter the mode together with its module hooks."""
@@ -224,6 +232,8 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         layer = self._layer()
+        if func is _aten.add.Tensor and self.phase is Phase.BACKWARD and self._is_let_go(args[0]):
+            func = _aten.add_.Tensor
         name = str(func)
         if func.overloadpacket in _UNCOUNTED:
             self.uncounted.setdefault(_UNCOUNTED[func.overloadpacket], layer)
@@ -250,6 +260,18 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if work.operations:
             self._work[self.phase, layer].append(work)
         return out
+
+    def _is_let_go(self, tensor: Tensor) -> bool:
+        """Whether autograd adds the next gradient to this one in place, as nobody else holds it.
+
+        Of fake tensors it makes a new sum each time, as of all subclasses. What it asks of others is asked here, and
+        that it is autograd who adds: what Python computes is held by the frame that does.
+
+        Source: `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp.
+        """
+        if torch.is_grad_enabled() or not isinstance(tensor, FakeTensor):
+            return False
+        return _holders(tensor) == self._holders_of_nobodys and is_non_overlapping_and_dense_or_false(tensor)
 
     def _is_parameter(self, tensor: Tensor) -> bool:
         live = self._live(tensor)
@@ -351,6 +373,35 @@ def _is_composite(func: Any) -> bool:
     """Whether the CPU runs an operator as the operators that it is made of."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return has(func.name(), _COMPOSITE.name) and not has(func.name(), "CPU")
+
+
+def _holders(tensor: Tensor) -> tuple[int, int, int]:
+    """How many hold a tensor in Python and in C++, and how many its storage, those who ask included."""
+    storage = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return sys.getrefcount(tensor), tensor._use_count(), storage  # type: ignore[attr-defined]  # The stub lacks it.
+
+
+class _Probe(StepTracer):  # type: ignore[no-untyped-call]
+    """Sees who holds a gradient, in the place where a trace would see it."""
+
+    __enter__ = TorchDispatchMode.__enter__
+    holders = 0, 0, 0
+
+    def _is_let_go(self, tensor: Tensor) -> bool:
+        self.holders = _holders(tensor)
+        return False
+
+
+@cache
+def _holders_of_nobodys() -> tuple[int, int, int]:
+    """What `_holders` says of a gradient that nobody but autograd holds: of one that is made for the purpose."""
+    probe = _Probe()
+    with unset_fake_temporarily(), FakeTensorMode(), torch.enable_grad(), probe:
+        x = torch.ones(1, requires_grad=True) * 1
+        y = x * 2 + x * 3
+        probe.begin(Phase.BACKWARD)
+        torch.autograd.backward(y)
+    return probe.holders
 
 
 def _sequence_number() -> int:

@@ -12,6 +12,7 @@ from memseg.models import build_model
 from memseg.profiling import (
     UntraceableError,
     foreign_job,
+    measure_job,
     measure_step,
     named_optimizer,
     profile_step,
@@ -145,6 +146,64 @@ def test_a_network_of_ours_is_exact_where_gradients_add_up():
     }
     predicted = profile_step(partial(build_model, MINI), **step).peak_allocated_bytes
     assert abs(predicted - measure_step(partial(build_model, MINI), **step)) <= 256
+
+
+def test_a_network_of_ours_is_exact_where_its_deepest_map_is_one_pixel():
+    step = {"image": (64, 64), "batch": 8, "recompute": Recompute.NONE}
+    predicted = profile_step(partial(build_model, MINI), **step).peak_allocated_bytes
+    assert abs(predicted - measure_step(partial(build_model, MINI), **step)) <= 256
+
+
+class ReadOften(nn.Module):
+    """A map that several thin layers read: its gradient is a sum, and the peak lies where it is taken."""
+
+    def __init__(self, readers, held):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.readers = nn.ModuleList(nn.Conv2d(32, 4, 1) for _ in range(readers))
+        self.last = nn.Conv2d(4 * readers, 5, 1)
+        self.held = held
+
+    def forward(self, images):
+        maps = self.stem(images)
+        if self.held:
+            maps.retain_grad()
+        return self.last(torch.cat([reader(maps) for reader in self.readers], 1))
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("readers", [2, 3, 6])
+def test_gradients_are_added_in_place_where_nobody_else_holds_them(readers, held):
+    make = partial(foreign_job, partial(ReadOften, readers, held), torch.empty(4, 3, 64, 64), optimizer=None)
+    assert trace_job(make).peak_allocated_bytes == pytest.approx(measure_job(make), rel=0.002)
+
+
+class AddedInPython(torch.autograd.Function):
+    """Its backward adds two tensors of its own and returns a third."""
+
+    @staticmethod
+    def forward(ctx, maps):
+        return maps + 1
+
+    @staticmethod
+    def backward(ctx, grad):
+        first, second = grad * 2, grad * 3
+        return first + second
+
+
+class Adding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 5, 1)
+
+    def forward(self, images):
+        maps = self.first(images)
+        return self.last(AddedInPython.apply(maps) + AddedInPython.apply(maps))
+
+
+def test_what_a_users_backward_adds_is_a_new_tensor():
+    make = partial(foreign_job, Adding, torch.empty(4, 3, 64, 64), optimizer=None)
+    assert trace_job(make).peak_allocated_bytes == pytest.approx(measure_job(make), rel=0.002)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -9,7 +9,7 @@ repeats it) and names the source that explains it, below pytorch's aten/src/ATen
 """
 
 from collections.abc import Callable
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -52,10 +52,16 @@ def _casts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tra
     given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
     written = {one.name for one in func._schema.arguments if one.alias_info is not None and one.alias_info.is_write}
     read = [value for name, value in given.items() if isinstance(value, Tensor) and name not in written & kwargs.keys()]
-    common = reduce(torch.promote_types, (tensor.dtype for tensor in read if tensor.dim()), torch.bool)
+    common = reduce(_promoted, (tensor.dtype for tensor in read if tensor.dim()), torch.bool)
     operands = [*read, *(given[name] for name in written if name in given)]
     cast = sum(one.numel() * common.itemsize for one in operands if one.dim() and one.dtype != common)
     return [Transient(0, cast), Transient(1, cast)] if cast else []
+
+
+@cache
+def _promoted(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """torch.promote_types, which under a fake mode is an operation like all others."""
+    return torch.promote_types(first, second)
 
 
 def _batch_norm_backward(

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from memseg.profiling.kernels.shortcuts import shortcut
 
 _aten = torch.ops.aten
 
@@ -17,16 +20,25 @@ _aten = torch.ops.aten
 def run_by_shape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What an operator returns, on tensors without memory."""
     make = _OUTPUTS.get(func.overloadpacket)
-    return func(*args, **kwargs) if make is None or not _is_without_memory(args[0]) else make(*args, **kwargs)
+    if make is not None and _is_without_memory(args[0]):
+        return make(*args, **kwargs)
+    short = shortcut(func)
+    out = NotImplemented if short is None else short(func, args, kwargs)
+    return func(*args, **kwargs) if out is NotImplemented else out
 
 
 def _is_without_memory(tensor: Tensor) -> bool:
-    return tensor.is_meta or isinstance(tensor, torch._subclasses.FakeTensor)
+    return isinstance(tensor, torch._subclasses.FakeTensor) or tensor.is_meta
 
 
 def _statistics_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
     """Of the mean and the deviation that a norm keeps."""
     return x.dtype if weight is None else weight.dtype
+
+
+def _normed(x: Tensor) -> Tensor:
+    """A map of one pixel lies in both layouts; a norm takes it for contiguous, and so does all that comes after it."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format if x.is_contiguous() else torch.preserve_format)
 
 
 def _norm(
@@ -41,7 +53,7 @@ def _norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kept = x.shape[1] if training else 0
     dtype = _statistics_dtype(x, weight)
-    return torch.empty_like(x), x.new_empty(kept, dtype=dtype), x.new_empty(kept, dtype=dtype)
+    return _normed(x), x.new_empty(kept, dtype=dtype), x.new_empty(kept, dtype=dtype)
 
 
 def _norm_backward(
@@ -59,7 +71,7 @@ def _norm_backward(
     dtype = _statistics_dtype(x, weight)
     of_input, *of_affine = output_mask
     return (
-        torch.empty_like(x) if of_input else None,
+        _normed(x) if of_input else None,
         *(x.new_empty(x.shape[1], dtype=dtype) if wanted else None for wanted in of_affine),
     )
 
@@ -90,6 +102,11 @@ def _binary_cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = Non
     return _loss(x, target, reduction)
 
 
+def _upsample(x: Tensor, size: list[int], *_: Any) -> Tensor:
+    layout = suggest_memory_format(x)
+    return torch.empty((*x.shape[:2], *size), dtype=x.dtype, device=x.device, memory_format=layout)
+
+
 _OUTPUTS: dict[Any, Callable[..., Any]] = {
     _aten.native_batch_norm: _norm,
     _aten.native_batch_norm_backward: _norm_backward,
@@ -98,4 +115,5 @@ _OUTPUTS: dict[Any, Callable[..., Any]] = {
     _aten.mse_loss: _loss,
     _aten.smooth_l1_loss: _loss,
     _aten.binary_cross_entropy: _binary_cross_entropy,
+    _aten.upsample_bilinear2d: _upsample,
 }
