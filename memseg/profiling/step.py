@@ -191,8 +191,6 @@ def _trace(job: Job, tracer: StepTracer, device: str, data_parallel: DataParalle
         if job.optimizer is not None:
             job.optimizer.step()
             work.append(tracer.take_work())
-    if device == "cuda" and any(isinstance(module, nn.RNNBase) for module in job.model.modules()):
-        tracer.uncounted["what cuDNN keeps of a recurrent layer for backward; the CPU's way is shown instead"] = ""
     seen = tracer.timeline()
     del loss
     repeated = work[:1] + work[1:2] * (job.accumulation - 1) + work[-1:] if job.accumulation > 1 else work
@@ -208,7 +206,16 @@ def _trace(job: Job, tracer: StepTracer, device: str, data_parallel: DataParalle
         device=device,
         precision=job.precision,
         accumulation=job.accumulation,
-        uncounted=tuple(f"{what} ({layer or job.name})" for what, layer in tracer.uncounted.items()),
+        uncounted=_uncounted(job, device),
+    )
+
+
+def _uncounted(job: Job, device: str) -> tuple[str, ...]:
+    recurrent = next((name for name, module in job.layers if isinstance(module, nn.RNNBase)), None)
+    if device != "cuda" or recurrent is None:
+        return ()
+    return (
+        f"what cuDNN keeps of recurrent layers for backward; the CPU's way is shown instead ({recurrent or job.name})",
     )
 
 

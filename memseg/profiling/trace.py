@@ -38,9 +38,6 @@ _aten = torch.ops.aten
 _OF_ACCUMULATION = 2**64 - 1
 """Sequence number of the nodes that add up a parameter's gradient; they were made by no layer's forward."""
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-_UNCOUNTED = {
-    torch.ops.aten.mkldnn_rnn_layer: "what an LSTM keeps for backward inside itself",
-}
 _DEVICE_OF = torch.ops.prim.device.default
 
 
@@ -123,8 +120,6 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stack: list[str] = []
         self._ended = ""
         self._owners: dict[int, str] = {}
-        self.uncounted: dict[str, str] = {}
-        """What takes memory that nobody here knows, and the first layer that runs it."""
         self._spans = _LayerSpans()
         self.card_of: Callable[[str], int] = lambda layer: 0
         """The card of what a layer makes of nothing; what is made of tensors lies where the first of them does."""
@@ -235,8 +230,6 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten.add.Tensor and self.phase is Phase.BACKWARD and self._is_let_go(args[0]):
             func = _aten.add_.Tensor
         name = str(func)
-        if func.overloadpacket in _UNCOUNTED:
-            self.uncounted.setdefault(_UNCOUNTED[func.overloadpacket], layer)
         self._last = layer
         out = run_by_shape(func, args, kwargs)
         read, made = list(_tensors(args)), list(_tensors(out))

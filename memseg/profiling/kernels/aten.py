@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from memseg.nn.autograd import HALF_DTYPES
+from memseg.profiling.kernels.lstm import lstm_backward, lstm_forward
 from memseg.profiling.kernels.transient import Ledger, Transient
 
 _aten = torch.ops.aten
@@ -242,6 +243,8 @@ _RULES: dict[Any, _Rule] = {
     _aten._log_softmax_backward_data: _softmax_backward,
     _aten.mean: _mean,
     _aten.sum: _sum,
+    _aten.mkldnn_rnn_layer: lstm_forward,
+    _aten.mkldnn_rnn_layer_backward: lstm_backward,
     _aten.roll: _roll,
     _aten.upsample_bilinear2d: _upsample,
     _aten.upsample_nearest2d: _upsample,

@@ -2,7 +2,7 @@
 
 For most operators torch knows shapes and types of the outputs without computing. A few it knows only by a decomposition
 into other operators: a trace would see allocations that no kernel makes, and spend most of its time on them. One has no
-kernel for the meta device at all.
+kernel for the meta device at all, and one leaves out what it keeps for backward.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from memseg.profiling.kernels.lstm import lstm_layer
 from memseg.profiling.kernels.shortcuts import shortcut
 
 _aten = torch.ops.aten
@@ -116,4 +117,5 @@ _OUTPUTS: dict[Any, Callable[..., Any]] = {
     _aten.smooth_l1_loss: _loss,
     _aten.binary_cross_entropy: _binary_cross_entropy,
     _aten.upsample_bilinear2d: _upsample,
+    _aten.mkldnn_rnn_layer: lstm_layer,
 }
