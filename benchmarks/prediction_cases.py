@@ -175,6 +175,20 @@ def encoder() -> nn.Module:
     return nn.TransformerEncoder(layer, num_layers=4, enable_nested_tensor=False)
 
 
+class Recurrent(nn.Module):
+    """Two recurrent layers, both ways, over (N, T, 256), and a linear one back to 256."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layers = kind(256, 192, num_layers=2, bidirectional=True, batch_first=True)
+        self.last = nn.Linear(2 * 192, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, 256) to the same."""
+        out: Tensor = self.last(self.layers(x)[0])
+        return out
+
+
 def converted_densenet121() -> nn.Module:
     """torchvision's DenseNet-121 after `memseg.nn.convert`."""
     return convert(vision.densenet121(weights=None), recompute=Recompute.UNITS).model
@@ -300,6 +314,12 @@ def _others() -> Iterator[Case]:
     yield transformer(shape=(8, 256, 256), optimizer="adamw-fused", precision=Precision.BFLOAT16, accumulation=3)
     yield transformer(shape=(4, 512, 256), optimizer="sgd", precision=Precision.FLOAT64)
     yield transformer(shape=(2, 128, 256), optimizer="adam-foreach", precision=Precision.FLOAT16)
+    lstm = partial(ForeignCase, model="lstm", build=partial(Recurrent, nn.LSTM), task=REGRESSION)
+    yield lstm(shape=(16, 128, 256), optimizer="adam")
+    yield lstm(shape=(16, 128, 256), optimizer="momentum", precision=Precision.BFLOAT16)
+    yield ForeignCase(
+        model="gru", shape=(16, 128, 256), build=partial(Recurrent, nn.GRU), task=REGRESSION, optimizer="adamw"
+    )
     converted = partial(ForeignCase, model="densenet121-converted", build=converted_densenet121, task=CLASSIFICATION)
     yield converted(shape=_LARGE, optimizer="adam", channels_last=True)
     yield converted(shape=_LARGE, optimizer="momentum", precision=Precision.BFLOAT16)
