@@ -4,7 +4,8 @@ FakeTensorMode hashes all arguments for its cache, and where it has not seen the
 references in Python: a tenth to a third of a millisecond each time, most of what a trace would take. What comes out
 here is what it would return: tests compare the two.
 
-    elementwise     on dense tensors that lie alike the result lies like them; in place, it is the tensor itself
+    elementwise     on dense tensors that lie alike the result lies like them; in place, it is the tensor itself, and
+                    on lists in place, there is none
     views           torch's kernels for the meta device know them, and are called at once
 """
 
@@ -40,6 +41,19 @@ _IN_PLACE = {
     _aten.relu_.default,
     _aten.copy_.default,
     _aten.zero_.default,
+}
+_LISTS_IN_PLACE = {
+    _aten._fused_adam_.default,
+    _aten._fused_adamw_.default,
+    _aten._fused_sgd_.default,
+    _aten._foreach_add_.List,
+    _aten._foreach_add_.Scalar,
+    _aten._foreach_addcdiv_.ScalarList,
+    _aten._foreach_addcmul_.Scalar,
+    _aten._foreach_div_.ScalarList,
+    _aten._foreach_lerp_.Scalar,
+    _aten._foreach_mul_.Scalar,
+    _aten._foreach_zero_.default,
 }
 _BY_META = {
     _aten.alias.default,
@@ -89,6 +103,15 @@ def _in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if alike else NotImplemented
 
 
+def _lists_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    lists = [tuple(one for one in part if isinstance(one, Tensor)) for part in args if isinstance(part, list)]
+    shapes = [[one.shape for one in tensors] for tensors in lists]
+    # Counts of steps are single numbers; a list may be empty.
+    alike = all(one == shapes[0] or not any(one) for one in shapes)
+    further = any(isinstance(one, Tensor) for one in (*args, *kwargs.values()))
+    return None if alike and not further and _mode(sum(lists, ())) is not NotImplemented else NotImplemented
+
+
 def _by_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     mode = _mode(args)
     if not isinstance(mode, FakeTensorMode) or kwargs.get("device") is not None:
@@ -103,6 +126,7 @@ def _by_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 _SHORTCUTS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys(_IN_PLACE, _in_place),
+    **dict.fromkeys(_LISTS_IN_PLACE, _lists_in_place),
     **dict.fromkeys(_BY_META, _by_meta),
 }
 

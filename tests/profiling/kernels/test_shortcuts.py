@@ -45,6 +45,19 @@ OPERANDS = {
 }
 BINARY = [getattr(aten, name + place).Tensor for name in ("add", "sub", "mul", "div") for place in ("", "_")]
 UNARY = [aten.neg.default, aten.sqrt.default, aten.rsqrt.default, aten.relu_.default, aten.zero_.default]
+OF_LISTS = {
+    aten._foreach_add_.List: (2, {"alpha": 2}),
+    aten._foreach_add_.Scalar: (1, {}, 0.5),
+    aten._foreach_addcdiv_.ScalarList: (3, {}, [0.5, 0.5]),
+    aten._foreach_addcmul_.Scalar: (3, {}, 0.5),
+    aten._foreach_div_.ScalarList: (1, {}, [0.5, 0.5]),
+    aten._foreach_lerp_.Scalar: (2, {}, 0.5),
+    aten._foreach_mul_.Scalar: (1, {}, 0.5),
+    aten._foreach_zero_.default: (1, {}),
+}
+"""How many lists each takes, and what else."""
+ADAM = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "eps": 1e-8, "amsgrad": False, "maximize": False}
+SGD = {"weight_decay": 0.0, "momentum": 0.9, "lr": 0.1, "dampening": 0.0, "nesterov": False, "maximize": False}
 VIEWS = {
     aten.alias.default: (),
     aten.as_strided.default: ([2, 3], [1, 4], 5),
@@ -74,6 +87,8 @@ def outcome(run, func, make, **kwargs):
             out = run(func, args, kwargs)
         except (RuntimeError, ValueError):
             return "fails"
+        if out is None:
+            return None
         return [
             (
                 type(one), one.shape, one.stride(), one.dtype, one.device, one.storage_offset(),
@@ -129,9 +144,27 @@ def test_a_matrix_is_transposed():
     assert_the_same(aten.t.default, lambda: (plain((3, 4)),))
 
 
+def few(shape):
+    return [torch.empty(shape), torch.empty(shape)]
+
+
+@pytest.mark.parametrize("shapes", [[(2, 3)] * 3, [(2, 3), (4, 5), (2, 3)], [()] * 3])
+@pytest.mark.parametrize("func", OF_LISTS, ids=str)
+def test_of_lists(func, shapes):
+    lists, options, *further = OF_LISTS[func]
+    assert_the_same(func, lambda: (*(few(shape) for shape in shapes[:lists]), *further), **options)
+
+
+def test_fused_optimizers():
+    for func in (aten._fused_adam_.default, aten._fused_adamw_.default):
+        assert_the_same(func, lambda: (*(few((2, 3)) for _ in range(4)), [], few(())), **ADAM)
+    assert_the_same(aten._fused_sgd_.default, lambda: [few((2, 3)) for _ in range(3)], **SGD, is_first_step=False)
+
+
 def test_every_short_way_is_tested_here():
     further = [aten.copy_, aten.threshold_backward, aten.addcmul_, aten.addcdiv_, aten.t]
-    tested = {*BINARY, *UNARY, *VIEWS, *(packet.default for packet in further), aten.lerp_.Scalar}
+    further += [aten._fused_adam_, aten._fused_adamw_, aten._fused_sgd_]
+    tested = {*BINARY, *UNARY, *VIEWS, *OF_LISTS, *(packet.default for packet in further), aten.lerp_.Scalar}
     assert set(short_ways()) == tested
 
 
