@@ -3,8 +3,8 @@
     python -m benchmarks.prediction --published measured.tsv
 
 measured.tsv has a row for each training run of MMSegmentation's model zoo: configuration, crop size, images on each
-GPU, and the peak of torch.cuda.max_memory_allocated() on a V100, in GB with one decimal. Whether GB is 1e9 bytes,
-2**30, or 1000 MiB is not stated; all rows together agree with 2**30 alone, and are read so.
+GPU, and the peak of torch.cuda.max_memory_allocated() on a V100, in GB with one decimal. It was taken in a run of its
+own with cudnn.benchmark off, and GB is 1024 MiB: open-mmlab/mmsegmentation, issues 321, 1184 and 1215.
 
 A row's network is built from MMSegmentation's own configuration and its step is traced as any user's is, for a CUDA
 card, with DistributedDataParallel's buckets. Then the allocator is replayed: what was published counts its blocks. What
