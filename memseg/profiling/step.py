@@ -78,7 +78,7 @@ class StepProfile:
     placement: Placement = field(default_factory=dict)
     """Cards of layers, by index; empty with one card."""
     uncounted: tuple[str, ...] = ()
-    """What takes memory that is not in the timelines, in words, with the first layer that runs it."""
+    """What takes memory that nobody here knows, in words, with the first layer that runs it."""
 
     @property
     def peak_allocated_bytes(self) -> int:
@@ -211,7 +211,8 @@ def _trace(job: Job, tracer: StepTracer, device: str, data_parallel: DataParalle
 
 
 def _uncounted(job: Job, device: str) -> tuple[str, ...]:
-    recurrent = next((name for name, module in job.layers if isinstance(module, nn.RNNBase)), None)
+    modules = job.model.named_modules()
+    recurrent = next((name for name, module in modules if isinstance(module, nn.RNNBase)), None)
     if device != "cuda" or recurrent is None:
         return ()
     return (

@@ -14,7 +14,7 @@ import weakref
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, ValuesView
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from typing import Any, Self
@@ -121,6 +121,8 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._ended = ""
         self._owners: dict[int, str] = {}
         self._spans = _LayerSpans()
+        self._node, self._node_since = -1, 0
+        """Sequence number of the autograd node that runs, and the instant at which it was first seen to."""
         self.card_of: Callable[[str], int] = lambda layer: 0
         """The card of what a layer makes of nothing; what is made of tensors lies where the first of them does."""
         self._card = 0
@@ -226,9 +228,12 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # apart as a real run does it, not as torch's decompositions in Python do.
             with self:
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
-        layer = self._layer()
-        if func is _aten.add.Tensor and self.phase is Phase.BACKWARD and self._is_let_go(args[0]):
-            func = _aten.add_.Tensor
+        node: Any = torch._C._current_autograd_node()
+        layer = self._layer(node)
+        if node is not None:
+            self._enter_node(node)
+            if func is _aten.add.Tensor and self._is_let_go(args[0], node):
+                func = _aten.add_.Tensor
         name = str(func)
         self._last = layer
         out = run_by_shape(func, args, kwargs)
@@ -254,17 +259,27 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._work[self.phase, layer].append(work)
         return out
 
-    def _is_let_go(self, tensor: Tensor) -> bool:
-        """Whether autograd adds the next gradient to this one in place, as nobody else holds it.
+    def _enter_node(self, node: Any) -> None:
+        number = node._sequence_nr()
+        if number != self._node:
+            self._node, self._node_since = number, self.instant
 
-        Of fake tensors it makes a new sum each time, as of all subclasses. What it asks of others is asked here, and
-        that it is autograd who adds: what Python computes is held by the frame that does.
+    def _is_let_go(self, tensor: Tensor, node: Any) -> bool:
+        """Whether autograd adds a gradient, that `node` returned, to this one in place, as nobody else holds it.
+
+        It does not where a dispatch mode is on, as here, so what it asks is asked here: who holds the tensor. A node
+        may add as well while it runs. What it does in Python is held by the frame that does it; in C++ it adds what it
+        has made itself, while autograd adds to what was there before, or to what the node sent to the same place.
 
         Source: `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp.
         """
-        if torch.is_grad_enabled() or not isinstance(tensor, FakeTensor):
+        if torch.is_grad_enabled() or _holders(tensor) != self._holders_of_nobodys[type(tensor)]:
             return False
-        return _holders(tensor) == self._holders_of_nobodys and is_non_overlapping_and_dense_or_false(tensor)
+        live = self._live(tensor)
+        if live is None or not is_non_overlapping_and_dense_or_false(tensor):
+            return False
+        edges = [edge for edge in node.next_functions if edge[0] is not None]
+        return live.born < self._node_since or len(set(edges)) < len(edges)
 
     def _is_parameter(self, tensor: Tensor) -> bool:
         live = self._live(tensor)
@@ -328,10 +343,9 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.instant += 2
                 self.peak_bytes = max(self.peak_bytes, self.allocated_bytes + transient.size_bytes)
 
-    def _layer(self) -> str:
+    def _layer(self, node: Any) -> str:
         if self._stack:
             return self._stack[-1]
-        node: Any = torch._C._current_autograd_node()
         if node is not None:
             number = node._sequence_nr()
             if number == _OF_ACCUMULATION:
@@ -380,21 +394,22 @@ class _Probe(StepTracer):  # type: ignore[no-untyped-call]
     __enter__ = TorchDispatchMode.__enter__
     holders = 0, 0, 0
 
-    def _is_let_go(self, tensor: Tensor) -> bool:
+    def _is_let_go(self, tensor: Tensor, node: Any) -> bool:
         self.holders = _holders(tensor)
         return False
 
 
 @cache
-def _holders_of_nobodys() -> tuple[int, int, int]:
-    """What `_holders` says of a gradient that nobody but autograd holds: of one that is made for the purpose."""
-    probe = _Probe()
-    with unset_fake_temporarily(), FakeTensorMode(), torch.enable_grad(), probe:
-        x = torch.ones(1, requires_grad=True) * 1
-        y = x * 2 + x * 3
-        probe.begin(Phase.BACKWARD)
-        torch.autograd.backward(y)
-    return probe.holders
+def _holders_of_nobodys() -> Mapping[type, tuple[int, int, int]]:
+    """What `_holders` says of a gradient that nobody but autograd holds, fake or real: of ones made for the purpose."""
+    found: defaultdict[type, tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
+    for kind, mode in ((FakeTensor, FakeTensorMode()), (Tensor, nullcontext())):
+        probe = _Probe()
+        with unset_fake_temporarily(), mode, torch.enable_grad(), probe:
+            x = torch.ones(1, requires_grad=True) * 1
+            torch.autograd.backward(x * 2 + x * 3)
+        found[kind] = probe.holders
+    return found
 
 
 def _sequence_number() -> int:

@@ -43,7 +43,7 @@ def profile_view(report: ProfileReport, rows: Sequence[ProfileRow], *, tree: boo
         )
     if report.profile.uncounted:
         lines.append(
-            Text(f"not counted, so that the peak is higher: {'; '.join(report.profile.uncounted)}", style="red")
+            Text(f"not known, so that the peak may be higher: {'; '.join(report.profile.uncounted)}", style="red")
         )
     if report.measured_bytes is not None:
         lines.append(Text(measured_line(peak, report.measured_bytes)))
@@ -72,7 +72,7 @@ def verdict_line(report: ProfileReport) -> str:
     refused = report.memory.out_of_memory
     if refused is None or report.memory.peak_allocated_bytes > report.card.available_bytes:
         line = fit_line(report.memory.peak_allocated_bytes, report.card)
-        return f"{line}, if nothing more were counted" if report.profile.uncounted and report.fits else line
+        return f"{line}, if the peak is not higher" if report.profile.uncounted and report.fits else line
     return (
         f"does not fit {report.card.name}: the allocator is refused {format_bytes(refused.needed_bytes)} with "
         f"{format_bytes(refused.reserved_bytes)} reserved, {format_bytes(refused.allocated_bytes)} of it allocated"

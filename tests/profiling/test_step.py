@@ -178,6 +178,19 @@ def test_gradients_are_added_in_place_where_nobody_else_holds_them(readers, held
     assert trace_job(make).peak_allocated_bytes == pytest.approx(measure_job(make), rel=0.002)
 
 
+@pytest.mark.parametrize("readers", [2, 6])
+def test_so_it_is_with_real_tensors_and_with_a_backward_inside_the_loss(readers):
+    def loss(out):
+        out.mean().backward(retain_graph=True)
+        return out.mean()
+
+    make = partial(foreign_job, partial(ReadOften, readers, held=False), torch.empty(4, 3, 64, 64), optimizer=None)
+    inside = partial(make, loss=loss)
+    assert trace_job(inside).peak_allocated_bytes == pytest.approx(measure_job(inside), rel=0.005)
+    real = trace_job(partial(make, real=True), real=True)
+    assert real.peak_allocated_bytes == pytest.approx(measure_job(make), rel=0.005)
+
+
 class AddedInPython(torch.autograd.Function):
     """Its backward adds two tensors of its own and returns a third."""
 
@@ -191,18 +204,35 @@ class AddedInPython(torch.autograd.Function):
         return first + second
 
 
-class Adding(nn.Module):
-    def __init__(self):
+class Around(nn.Module):
+    """An operation between two convolutions."""
+
+    def __init__(self, operation):
         super().__init__()
         self.first, self.last = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 5, 1)
+        self.operation = operation
 
     def forward(self, images):
-        maps = self.first(images)
-        return self.last(AddedInPython.apply(maps) + AddedInPython.apply(maps))
+        return self.last(self.operation(self.first(images)))
 
 
-def test_what_a_users_backward_adds_is_a_new_tensor():
-    make = partial(foreign_job, Adding, torch.empty(4, 3, 64, 64), optimizer=None)
+def scaled_by_statistics(maps):
+    deviation, mean = torch.std_mean(maps, (2, 3), keepdim=True)
+    return maps.detach() * deviation + mean
+
+
+ADDING = {
+    "a function in Python": lambda maps: AddedInPython.apply(maps) + AddedInPython.apply(maps),
+    "mean and deviation": scaled_by_statistics,
+    "a Bessel function": torch.special.i1e,
+    "shapes that differ": lambda maps: torch.atan2(maps.mean(1, keepdim=True), maps.detach()),
+    "a square": lambda maps: maps * maps,
+}
+
+
+@pytest.mark.parametrize("operation", ADDING)
+def test_what_a_backward_adds_itself_is_a_new_tensor(operation):
+    make = partial(foreign_job, partial(Around, ADDING[operation]), torch.empty(4, 3, 64, 64), optimizer=None)
     assert trace_job(make).peak_allocated_bytes == pytest.approx(measure_job(make), rel=0.002)
 
 

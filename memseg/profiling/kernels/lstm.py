@@ -30,12 +30,12 @@ _FLOAT = 4
 
 
 def lstm_layer(
-    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, w4: Tensor, hidden: Tensor, cell: Tensor, *rest: Any
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, w4: Tensor, hidden: Tensor, cell: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `aten.mkldnn_rnn_layer` returns: output (T, N, hidden), last states, and the workspace in bytes."""
-    steps, batch, inputs = x.shape
-    units, train = hidden.shape[-1], rest[-1]
-    size_bytes = workspace_bytes(steps, batch, inputs, units, x.element_size()) if train else 0
+    (steps, batch, inputs), units = x.shape, hidden.shape[-1]
+    # The kernel looks at neither `train` nor what wants a gradient.
+    size_bytes = workspace_bytes(steps, batch, inputs, units, x.element_size()) if torch.is_grad_enabled() else 0
     return (
         x.new_empty(steps, batch, units),
         torch.empty_like(hidden),
@@ -91,8 +91,9 @@ def lstm_backward(x: Tensor, w1: Tensor, w2: Tensor, *rest: Any) -> list[Transie
         weights, gradients = in_float + turned, 0
     held = weights + gradients + 2 * batch * units * itemsize + 2 * gates * _FLOAT
     grad: Tensor | None = rest[7]
-    copied = _contiguous_bytes(x) + (0 if grad is None else _contiguous_bytes(grad))
-    return [Transient(7, copied + held + _scratchpad_bytes(x, units))]
+    # Where only the last state is read, the output's gradient is made of zeros.
+    of_output = steps * batch * units * itemsize if grad is None else _contiguous_bytes(grad)
+    return [Transient(7, _contiguous_bytes(x) + of_output + held + _scratchpad_bytes(x, units))]
 
 
 def _scratchpad_bytes(x: Tensor, units: int) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 _aten = torch.ops.aten
@@ -134,8 +135,15 @@ _SHORTCUTS: dict[Any, Callable[..., Any]] = {
 def _lie_alike(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether operands are numbers and tensors of one floating-point type, one shape and one dense layout."""
     x: Tensor = args[0]
-    is_dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    return is_dense and x.dtype.is_floating_point and all(_lies_like(x, one) for one in (*args, *kwargs.values()))
+    return _is_dense(x) and x.dtype.is_floating_point and all(_lies_like(x, one) for one in (*args, *kwargs.values()))
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether the result of an elementwise operator lies like its operand for certain."""
+    if 0 in x.shape or 1 in x.shape:
+        # Strides of such dimensions mean nothing, and torch sets them anew.
+        return x.stride() == make_contiguous_strides_for(x.shape)
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _lies_like(x: Tensor, operand: Any) -> bool:

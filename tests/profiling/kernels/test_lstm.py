@@ -67,6 +67,37 @@ def test_steps_of_recurrent_networks(kind, options):
     assert trace_job(make).peak_allocated_bytes == pytest.approx(measure_job(make), rel=0.005)
 
 
+class Used(nn.Module):
+    """An LSTM behind a trained layer, and what is done with it."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.first, self.layers, self.last = nn.Linear(64, 64), nn.LSTM(64, 128), nn.Linear(128, 5)
+        self.use = use
+
+    def forward(self, x):
+        return self.last(self.use(self.layers, self.first(x)))
+
+
+def without_gradients(layers, x):
+    with torch.no_grad():
+        return layers(x)[0]
+
+
+USES = {
+    "last state": lambda layers, x: layers(x)[1][0][-1],
+    "last cell": lambda layers, x: layers(x)[1][1][-1],
+    "in eval mode": lambda layers, x: layers.eval()(x)[0],
+    "without gradients": without_gradients,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_lstm_however_it_is_used(use):
+    make = partial(foreign_job, partial(Used, USES[use]), torch.empty(100, 32, 64), optimizer=None)
+    assert trace_job(make).peak_allocated_bytes == pytest.approx(measure_job(make), rel=0.01)
+
+
 def test_a_half_precision_lstm():
     if not takes(torch.bfloat16):
         pytest.skip("oneDNN has no LSTM of bfloat16 for this processor")
@@ -87,3 +118,5 @@ def test_that_a_gpus_kernels_are_not_known_is_said():
     assert "cuDNN" in uncounted
     assert "(layers)" in uncounted
     assert not trace_job(make).uncounted
+    alone = partial(foreign_job, partial(nn.LSTM, 64, 16), torch.empty(32, 16, 64), optimizer=None)
+    assert "(LSTM)" in trace_job(alone, device="cuda").uncounted[0]
