@@ -273,7 +273,7 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Source: `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp.
         """
-        if torch.is_grad_enabled() or _holders(tensor) != self._holders_of_nobodys[type(tensor)]:
+        if torch.is_grad_enabled() or _holders(tensor) != self._holders_of_nobodys.get(type(tensor)):
             return False
         live = self._live(tensor)
         if live is None or not is_non_overlapping_and_dense_or_false(tensor):
@@ -402,7 +402,7 @@ class _Probe(StepTracer):  # type: ignore[no-untyped-call]
 @cache
 def _holders_of_nobodys() -> Mapping[type, tuple[int, int, int]]:
     """What `_holders` says of a gradient that nobody but autograd holds, fake or real: of ones made for the purpose."""
-    found: defaultdict[type, tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
+    found: dict[type, tuple[int, int, int]] = {}
     for kind, mode in ((FakeTensor, FakeTensorMode()), (Tensor, nullcontext())):
         probe = _Probe()
         with unset_fake_temporarily(), mode, torch.enable_grad(), probe:
