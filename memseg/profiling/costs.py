@@ -77,6 +77,8 @@ class _Gradient:
     storage: int
     """The instant at which the storage that it lies in was made."""
     storage_bytes: int
+    handed_on: int
+    """The instant at which what made it had returned it, when autograd adds it to one that is there."""
 
 
 @dataclass
@@ -312,11 +314,10 @@ class _Step:
                     gradient="gradient" in gone,
                 )
 
-        # A gradient is handed on a little after its storage was made, when less is taken by what makes it.
         arrivals = [
             Arrival(place, stretch)
             for place, arrived in sorted(self.arrived.items())
-            for stretch in stretches(max(timeline.backward_start, arrived.storage))
+            for stretch in stretches(max(timeline.backward_start, arrived.handed_on))
         ]
         return BackwardMemory(tuple(stretches(timeline.backward_start)), tuple(arrivals))
 
@@ -357,7 +358,8 @@ class _Step:
 
     def _arrives(self, place: int, gradient: Tensor) -> None:
         storage = self._tracer.born(self._tracer.key(gradient))
-        self.arrived[place] = _Gradient(tuple(gradient.stride()), storage, gradient.untyped_storage().nbytes())
+        size_bytes = gradient.untyped_storage().nbytes()
+        self.arrived[place] = _Gradient(tuple(gradient.stride()), storage, size_bytes, self._tracer.instant - 1)
 
     def _shared_gradients(self) -> Iterator[SharedGradient]:
         places = defaultdict(list)
