@@ -104,7 +104,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Arrival:
-    """A part of a backward from when it begins to make the gradient of one of its inputs."""
+    """A part of a backward from when it hands on the gradient of one of its inputs."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 

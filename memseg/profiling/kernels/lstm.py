@@ -11,7 +11,7 @@ left out: 8 to 60 KB were seen.
 A GRU or a plain RNN is run step by step by operators that a trace sees.
 
 Source: oneDNN 3.12, src/cpu/rnn/rnn_utils.hpp (set_conf, set_offsets, get_good_ld); ATen/native/mkldnn/RNN.cpp. What a
-part holds was found by the sizes that the workspace has: 400 random ones agree to the byte.
+part holds was found by the sizes that the workspace has; tests hold it to the byte.
 """
 
 from typing import Any
